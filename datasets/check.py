@@ -1,0 +1,170 @@
+"""What is at a data root: every file is read once, and what is wrong is reported, not raised."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pointcanon.datasets.modelnet_layouts import Layout, Ref, layouts_at
+from pointcanon.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["DataReport", "Place", "check"]
+
+SPLITS = ("train", "test")
+"""The official splits; ``"val"`` is taken from train."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cloud: its split, its file (and row) inside the data set's folder, and its class."""
+
+    split: str
+    cloud: str
+    category: str
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What :func:`check` found.
+
+    Attributes:
+        root: The folder of the layout.
+        dataset: ``"ModelNet40"`` or ``"ModelNet10"``.
+        layout: ``"h5"``, ``"off"`` or ``"txt"``.
+        coordinate_frame: Name of the frame of its files.
+        counts: Readable clouds by split and class.
+        missing: By split, what should be there and is not: listed files, classes without meshes.
+        duplicates: Groups of clouds with the same content.
+        unreadable: By file (and row), what is wrong with it.
+    """
+
+    root: str
+    dataset: str
+    layout: str
+    coordinate_frame: str
+    counts: dict[str, dict[str, int]]
+    missing: dict[str, list[str]]
+    duplicates: list[list[Place]]
+    unreadable: dict[str, str]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Readable clouds by split."""
+        return {split: sum(counts.values()) for split, counts in self.counts.items()}
+
+    @property
+    def shared(self) -> list[list[Place]]:
+        """The duplicates that lie in more than one split, so that training sees test clouds."""
+        return [group for group in self.duplicates if len({p.split for p in group}) > 1]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that should be there is there and can be read. Duplicates are a property of
+        the data set rather than damage to this copy, so they do not count."""
+        return not self.unreadable and not any(self.missing.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, for JSON."""
+        return {**asdict(self), "totals": self.totals, "ok": self.ok}
+
+    def render(self, console: Console) -> None:
+        """Print it for a person."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        console.print(escape(f"{self.dataset} at {self.root}"), soft_wrap=True)
+        table = Table(show_footer=True)
+        table.add_column("class", footer="all")
+        for split in SPLITS:
+            table.add_column(split, justify="right", footer=f"{self.totals[split]:,}")
+        for name in self.counts[SPLITS[0]]:
+            table.add_row(name, *(f"{self.counts[split][name]:,}" for split in SPLITS))
+        console.print(table)
+        console.print(f"layout {self.layout}, coordinate frame {self.coordinate_frame}")
+        for line in self._findings():
+            console.print(escape(line), soft_wrap=True)
+
+    def _findings(self) -> Iterator[str]:
+        for split, names in self.missing.items():
+            if names:
+                yield f"missing from {split}: {len(names):,} (first: {names[0]})"
+        yield (
+            f"duplicates: {len(self.duplicates):,} groups of equal clouds, "
+            f"{len(self.shared):,} of them in both train and test"
+        )
+        for group in self.shared[:5]:
+            yield "  " + " = ".join(f"{p.split} {p.cloud} ({p.category})" for p in group)
+        yield f"unreadable: {len(self.unreadable):,}"
+        for error in self.unreadable.values():
+            yield f"  {error}"
+
+
+def check(root: str | Path, layout: str | None = None) -> DataReport:
+    """Read all of the ModelNet at ``root``, whichever of its layouts that is.
+
+    Every file is opened and every cloud looked at, one file in memory at a time; a file or cloud
+    that cannot be read is noted and the rest go on.
+
+    Args:
+        root: The folder of a layout, or its parent.
+        layout: Which one, where the root holds several.
+
+    Raises:
+        DataError: If there is nothing to check, or more than one thing.
+    """
+    found = layouts_at(root)
+    usable = [reader for reader in found if layout in (None, reader.name)]
+    if len(usable) != 1:
+        there = ", ".join(f"{reader.folder} ({reader.name})" for reader in found)
+        raise DataError(f"data root {root} holds {there}; give one of these folders")
+    return _check(usable[0])
+
+
+def _check(reader: Layout) -> DataReport:
+    counts: dict[str, Counter[str]] = {}
+    missing: dict[str, list[str]] = {}
+    unreadable: dict[str, str] = {}
+    places: defaultdict[bytes, list[Place]] = defaultdict(list)
+    for split in SPLITS:
+        counts[split] = Counter(dict.fromkeys(reader.classes, 0))
+        try:
+            files, missing[split] = reader.files(split, reader.classes)
+        except DataError as error:
+            files, missing[split] = [], []
+            unreadable[f"the list of {split}"] = str(error)
+        for path in files:
+            for cloud, category, content in _clouds(reader, path):
+                if isinstance(content, DataError):
+                    unreadable[cloud] = str(content)
+                else:
+                    counts[split][category] += 1
+                    places[content].append(Place(split, cloud, category))
+    return DataReport(
+        root=str(reader.folder),
+        dataset=f"ModelNet{len(reader.classes)}",
+        layout=reader.name,
+        coordinate_frame=reader.coordinate_frame,
+        counts={split: dict(counter) for split, counter in counts.items()},
+        missing=missing,
+        duplicates=[group for group in places.values() if len(group) > 1],
+        unreadable=unreadable,
+    )
+
+
+def _clouds(reader: Layout, path: Path) -> Iterator[tuple[str, str, bytes | DataError]]:
+    """Name, class and digest (or error) of the clouds of a file; a file that fails is one entry."""
+    try:
+        for ref, content in reader.scan(path):
+            yield _inside(reader, ref), ref.category, content
+    except DataError as error:
+        yield _inside(reader, Ref(path, None, "")), "", error
+
+
+def _inside(reader: Layout, ref: Ref) -> str:
+    return str(ref._replace(path=ref.path.relative_to(reader.folder)))

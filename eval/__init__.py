@@ -1,0 +1,1 @@
+"""Evaluation under rotation: protocols, metrics, reports, pictures."""

@@ -1,0 +1,196 @@
+"""Ordinary networks that choose and refine among exactly equivariant candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pointcanon.canonicalizers.base import Canonicalizer
+from pointcanon.canonicalizers.pca import PCA
+from pointcanon.frames import Frames
+from pointcanon.rotations import gram_schmidt
+
+__all__ = ["Optimized", "PoseNet"]
+
+TILE = 1 << 18
+"""Activations held at once while looking for maxima; a megabyte in float32 stays in cache."""
+
+
+class PoseNet(nn.Module):
+    """A small PointNet that looks at a posed cloud: shared layers, a maximum, a dense head.
+
+    A maximum has a gradient only at the points that attain it, so the network looks at all points
+    without recording anything, in tiles that stay in cache, and then once more at the critical
+    ones alone: same values and gradients, at a memory and backward cost that do not grow with N.
+
+    No normalisation depends on the batch: the same network sees candidate poses of very different
+    distributions, and one set of running statistics could not serve them all.
+
+    Args:
+        widths: Of the shared per-point layers.
+        outputs: Of the dense head, whose hidden layer is as wide as the last shared one.
+    """
+
+    def __init__(self, widths: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in zip((3, *widths[:-2]), widths[:-1], strict=True):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.shared = nn.Sequential(*layers)
+        self.peak = nn.Linear(widths[-2], widths[-1])
+        self.head = nn.Sequential(
+            nn.LayerNorm(widths[-1]),
+            nn.Linear(widths[-1], widths[-1]),
+            nn.ReLU(),
+            nn.Linear(widths[-1], outputs),
+        )
+
+    def forward(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(M, N, 3)`` posed clouds to ``(M, outputs)``."""
+        with torch.no_grad():
+            values, critical = self._maximum(points, mask)
+        if torch.is_grad_enabled():
+            index = critical[..., None].expand(-1, -1, 3)
+            features = self.shared(points.gather(1, index))
+            values = (features * self.peak.weight).sum(dim=-1) + self.peak.bias
+        # the activation is monotone, so it follows the maximum, on one row instead of N
+        return self.head(values.relu())
+
+    def _maximum(self, points: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Largest value of each channel ``(M, C)`` and the point that attains it ``(M, C)``."""
+        rows = max(1, TILE // (points.shape[1] * self.peak.out_features))
+        values, critical = [], []
+        for start in range(0, max(1, len(points)), rows):
+            tile = slice(start, start + rows)
+            features = self.peak(self.shared(points[tile]))
+            if mask is not None:
+                features = features.masked_fill(~mask[tile, :, None], -torch.inf)
+            largest = features.max(dim=1)
+            values.append(largest.values)
+            critical.append(largest.indices)
+        return torch.cat(values), torch.cat(critical)
+
+
+class Optimized(Canonicalizer):
+    """Score the poses a coarse frame proposes, keep the best, refine them.
+
+    The proposals are exactly equivariant, so each posed cloud is invariant, and whatever an
+    ordinary network says of it is invariant too: the whole stays exactly equivariant on generic
+    clouds. This is optimised canonicalization (Panigrahi & Mondal, arXiv 2405.14089) with its group
+    replaced by the candidates of a coarse frame, which carries it to continuous rotations.
+
+    A scorer gives every candidate an energy. A refiner looks at the kept ones ``steps`` times; each
+    time it answers with a residual rotation (two columns, Gram-Schmidt) and a new score.
+
+    Args:
+        proposal: Equivariant candidates; the default is ``PCA(24)``.
+        keep: Candidates that are refined and returned, heaviest first.
+        steps: Times the refiner looks at each.
+        scorer_widths: Of the shared layers of the scorer.
+        refiner_widths: Of the shared layers of the refiner.
+        train_points: Random points of each cloud seen in training; None for all.
+    """
+
+    def __init__(
+        self,
+        proposal: Canonicalizer | None = None,
+        keep: int = 4,
+        steps: int = 3,
+        scorer_widths: Sequence[int] = (32, 64, 128),
+        refiner_widths: Sequence[int] = (64, 128, 256),
+        train_points: int | None = 256,
+    ) -> None:
+        super().__init__()
+        self.proposal = PCA(24) if proposal is None else proposal
+        self.keep, self.steps, self.train_points = keep, steps, train_points
+        self.scorer_widths, self.refiner_widths = tuple(scorer_widths), tuple(refiner_widths)
+        self.scorer = PoseNet(scorer_widths, outputs=1)
+        self.refiner = PoseNet(refiner_widths, outputs=7)
+        for weight in self.refiner.head[-1].parameters():
+            nn.init.zeros_(weight)
+
+    @property
+    def hyperparameters(self) -> dict[str, object]:
+        return {
+            "proposal": self.proposal,
+            "keep": self.keep,
+            "steps": self.steps,
+            "scorer_widths": self.scorer_widths,
+            "refiner_widths": self.refiner_widths,
+            "train_points": self.train_points,
+        }
+
+    def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
+        if self.training and self.train_points is not None:
+            points, mask = _random_points(points, mask, self.train_points)
+        proposals = self.proposal.propose(points, mask, normals)
+        unit = points / _rms(points, mask)
+        scores = self._look(self.scorer, proposals, unit, mask)[..., 0]
+        scored = Frames.of(proposals.rotations, scores, degenerate=proposals.degenerate)
+        stages = [scored]
+        frames = scored.select(self._kept(scored))
+        for _ in range(self.steps):
+            frames = self._refine_once(unit, frames, mask)
+            stages.append(frames)
+        return replace(frames.best(frames.count), stages=tuple(stages))
+
+    def refine(self, points: Tensor, frames: Frames, mask: Tensor | None = None) -> Frames:
+        """One step of the refiner from any frames of clouds ``(B, N, 3)``: nearer poses, weighed.
+
+        The frames' own centre is kept, their weights are replaced.
+        """
+        centred = points - frames.centre[:, None]
+        if self.training and self.train_points is not None:
+            centred, mask = _random_points(centred, mask, self.train_points)
+        if mask is not None:
+            centred = torch.where(mask[..., None], centred, centred.new_zeros(()))
+        with torch.autocast(points.device.type, enabled=False):
+            return self._refine_once(centred / _rms(centred, mask), frames, mask)
+
+    def _refine_once(self, unit: Tensor, frames: Frames, mask: Tensor | None) -> Frames:
+        answer = self._look(self.refiner, frames, unit, mask)
+        residual = gram_schmidt(_near_identity(answer[..., 1:]))
+        # each step is taught by its own loss: no gradient runs through the poses before it
+        turned = frames.rotations.detach() @ residual
+        weights = answer[..., 0].log_softmax(dim=1)
+        return replace(frames, rotations=turned, log_weights=weights, raw=None, stages=())
+
+    def _kept(self, scored: Frames) -> Tensor:
+        logits = scored.log_weights.detach()
+        if self.training:
+            # Gumbel noise: a sample without replacement, so that unlikely candidates are seen too
+            logits = logits - torch.empty_like(logits).exponential_().log()
+        return logits.topk(min(self.keep, scored.count), dim=1).indices
+
+    @staticmethod
+    def _look(network: nn.Module, frames: Frames, points: Tensor, mask: Tensor | None) -> Tensor:
+        posed = frames.apply_vectors(points).detach().flatten(0, 1)
+        if mask is not None:
+            mask = mask.repeat_interleave(frames.count, dim=0)
+        return network(posed, mask).unflatten(0, (-1, frames.count))
+
+
+def _near_identity(answer: Tensor) -> Tensor:
+    """Six numbers as two columns ``(..., 3, 2)``; zeros mean no rotation."""
+    eye = torch.eye(3, 2, dtype=answer.dtype, device=answer.device)
+    return eye + answer.unflatten(-1, (3, 2))
+
+
+def _rms(points: Tensor, mask: Tensor | None) -> Tensor:
+    """Root mean square distance from the origin ``(B, 1, 1)``, 1 for coincident points."""
+    squared = points.square().sum(dim=-1)
+    count = points.shape[1] if mask is None else mask.sum(dim=1)
+    size = (squared.sum(dim=1) / count).sqrt()
+    return torch.where(size > 0, size, torch.ones_like(size))[:, None, None]
+
+
+def _random_points(points: Tensor, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor | None]:
+    order = torch.rand(points.shape[:2], device=points.device)
+    if mask is not None:
+        order = order + (~mask).to(order.dtype)  # padding last
+    index = order.topk(min(count, points.shape[1]), dim=1, largest=False).indices
+    points = points.gather(1, index[..., None].expand(-1, -1, 3))
+    return points, None if mask is None else mask.gather(1, index)

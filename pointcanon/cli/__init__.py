@@ -1,0 +1,62 @@
+"""The command line: ``pointcanon COMMAND ...``; one module a command."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from pointcanon.errors import PointcanonError, UsageError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": ("demo", "train on the built-in shapes and show what canonicalization does"),
+    "train": ("train", "train a predictor, a canonicalizer or both from a recipe"),
+    "eval": ("evaluate", "accuracy of a checkpoint under rotation"),
+    "data": ("data", "say what is at a data root, in which layout and frame"),
+    "info": ("info", "print the card inside a checkpoint"),
+}
+"""Command: its module in this package, and what it does."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Exit status: 0 done, 1 failed, 2 bad usage."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"pointcanon {version('pointcanon')}")
+        return 0
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise UsageError(f"unknown command {command!r}; choose one of: {', '.join(COMMANDS)}")
+        return import_module(f"pointcanon.cli.{COMMANDS[command][0]}").run(rest)
+    except UsageError as error:
+        print(f"pointcanon: {error}", file=sys.stderr)
+        return 2
+    except PointcanonError as error:
+        print(f"pointcanon: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pointcanon: interrupted", file=sys.stderr)
+        return 1
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return "\n".join(
+        (
+            "usage: pointcanon COMMAND [options]",
+            "",
+            "Make a 3D point-cloud network work at every orientation.",
+            "",
+            *lines,
+            "",
+            "pointcanon COMMAND --help says more of each.",
+        )
+    )

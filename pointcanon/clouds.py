@@ -1,0 +1,121 @@
+"""Clouds as the library takes them: checked once at the door, and the few statistics of a cloud.
+
+A cloud batch is ``points (B, N, 3)`` floating point with an optional ``mask (B, N)`` bool, True
+where a point is real. Whatever padded points hold is ignored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pointcanon.errors import InputError
+
+__all__ = ["centroid", "check_cloud", "normalise", "radius"]
+
+
+def check_cloud(points: Tensor, mask: Tensor | None = None, **vectors: Tensor | None) -> None:
+    """Refuse a cloud that no answer can be given for, in one readable sentence.
+
+    Args:
+        points: ``(B, N, 3)`` floating point, N >= 1.
+        mask: ``(B, N)`` bool, at least one True per cloud.
+        **vectors: Further per-point vectors that rotate with the points, such as ``normals``.
+
+    Raises:
+        InputError: On a wrong type, shape, dtype or device, an empty cloud, NaN or inf.
+    """
+    if not isinstance(points, Tensor):
+        raise InputError(
+            f"points is a {type(points).__name__}; pass a torch tensor of shape (B, N, 3)"
+        )
+    if points.ndim != 3 or points.shape[-1] != 3:
+        hint = ""
+        if points.ndim == 3 and points.shape[1] == 3:
+            hint = "; it looks like (B, 3, N): pass points.mT"
+        elif points.ndim == 2 and points.shape[-1] == 3:
+            hint = "; for a single cloud pass points[None]"
+        raise InputError(f"points has shape {tuple(points.shape)}, expected (B, N, 3){hint}")
+    if not points.is_floating_point():
+        raise InputError(f"points has dtype {points.dtype}; convert it with points.float()")
+    if points.shape[1] == 0:
+        raise InputError("points holds empty clouds (N = 0); a cloud needs at least one point")
+    for name, value in vectors.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{name} is a {type(value).__name__}; pass a torch tensor of shape (B, N, 3)"
+            )
+        if value.shape != points.shape:
+            raise InputError(
+                f"{name} has shape {tuple(value.shape)}, "
+                f"expected that of points, {tuple(points.shape)}"
+            )
+        _check_companion(name, value, points)
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise InputError(f"mask is a {type(mask).__name__}; pass a bool tensor of shape (B, N)")
+        if mask.dtype != torch.bool:
+            raise InputError(f"mask has dtype {mask.dtype}; pass a bool tensor, True = real point")
+        if mask.shape != points.shape[:2]:
+            raise InputError(
+                f"mask has shape {tuple(mask.shape)}, expected {tuple(points.shape[:2])}"
+            )
+        if mask.device != points.device:
+            raise InputError(f"mask is on {mask.device}, points on {points.device}")
+    if torch.compiler.is_compiling():
+        return  # what follows reads values, which would break the graph
+    if mask is not None and not bool(mask.any(dim=1).all()):
+        empty = int((~mask.any(dim=1)).nonzero()[0])
+        raise InputError(f"cloud {empty} of the batch is empty: its mask has no True entry")
+    for name, value in {"points": points, **vectors}.items():
+        if value is not None:
+            _check_finite(name, value, mask)
+
+
+def _check_companion(name: str, value: Tensor, points: Tensor) -> None:
+    if value.dtype != points.dtype:
+        raise InputError(f"{name} has dtype {value.dtype}, points {points.dtype}; make them equal")
+    if value.device != points.device:
+        raise InputError(f"{name} is on {value.device}, points on {points.device}")
+
+
+def _check_finite(name: str, value: Tensor, mask: Tensor | None) -> None:
+    finite = torch.isfinite(value).all(dim=-1)
+    if mask is not None:
+        finite = finite | ~mask
+    if bool(finite.all()):
+        return
+    cloud, point = (int(i) for i in (~finite).nonzero()[0])
+    raise InputError(
+        f"{name}[{cloud}, {point}] is {value[cloud, point].tolist()}: "
+        "remove NaN and infinite points or hide them with the mask"
+    )
+
+
+def centroid(points: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of the real points, ``(B, 3)``."""
+    if mask is None:
+        return points.mean(dim=1)
+    kept = torch.where(mask[..., None], points, points.new_zeros(()))
+    return kept.sum(dim=1) / mask.sum(dim=1).clamp_min(1)[:, None].to(points.dtype)
+
+
+def radius(points: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Largest distance of a real point from the origin, ``(B,)``."""
+    if mask is not None:
+        points = torch.where(mask[..., None], points, points.new_zeros(()))
+    return points.norm(dim=-1).amax(dim=1)
+
+
+def normalise(points: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Centre each cloud and divide by its largest norm, as the field does (unit ball).
+
+    Padded points come out at the origin.
+    """
+    centred = points - centroid(points, mask)[:, None]
+    if mask is not None:
+        centred = torch.where(mask[..., None], centred, centred.new_zeros(()))
+    size = radius(centred)
+    return centred / torch.where(size > 0, size, torch.ones_like(size))[:, None, None]

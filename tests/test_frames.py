@@ -1,0 +1,189 @@
+"""Frames: R maps canonical to input, apply and invert undo each other, votes are mixtures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pointcanon import rotations
+from pointcanon.errors import InputError
+from pointcanon.frames import Frames
+from pointcanon.testing import assert_proper, frame_distance
+
+DTYPE = torch.float64
+
+
+def frames(batch: int = 3, count: int = 4, seed: int = 0) -> Frames:
+    generator = torch.Generator().manual_seed(seed)
+    return Frames.of(
+        rotations.random_rotations(batch, count, generator=generator, dtype=DTYPE),
+        torch.randn(batch, count, generator=generator, dtype=DTYPE),
+        torch.randn(batch, 3, generator=generator, dtype=DTYPE),
+    )
+
+
+def clouds(batch: int = 3, count: int = 10) -> Tensor:
+    return torch.randn(batch, count, 3, generator=torch.Generator().manual_seed(9), dtype=DTYPE)
+
+
+def test_rotation_maps_canonical_to_input() -> None:
+    """R and not R^T: canonical x comes to the input's y under a quarter turn about z."""
+    quarter = rotations.about_axis(
+        torch.tensor([0.0, 0, 1]).double(), torch.tensor(math.pi / 2).double()
+    )
+    one = Frames.of(quarter[None], centre=torch.tensor([[10.0, 0, 0]], dtype=DTYPE))
+    canonical = torch.tensor([[[[1.0, 0, 0]]]], dtype=DTYPE)
+    received = torch.tensor([[[10.0, 1, 0]]], dtype=DTYPE)
+    torch.testing.assert_close(one.invert(canonical)[:, 0], received)
+    torch.testing.assert_close(one.apply(received), canonical)
+
+
+def test_apply_recovers_the_canonical_cloud() -> None:
+    one = frames(count=1)
+    canonical = clouds()
+    received = canonical @ one.rotations[:, 0].mT + one.centre[:, None]
+    torch.testing.assert_close(one.apply(received)[:, 0], canonical)
+
+
+def test_invert_undoes_apply_and_apply_undoes_invert() -> None:
+    many, points = frames(), clouds()
+    posed = many.apply(points)
+    assert posed.shape == (3, 4, 10, 3)
+    torch.testing.assert_close(many.invert(posed), points[:, None].expand(3, 4, 10, 3))
+    torch.testing.assert_close(many.apply(many.invert(posed)[:, 2])[:, 2], posed[:, 2])
+
+
+def test_vectors_turn_but_do_not_move() -> None:
+    many, points = frames(), clouds()
+    arrows = many.apply(points[:, 1:]) - many.apply(points[:, :1])
+    torch.testing.assert_close(many.apply_vectors(points[:, 1:] - points[:, :1]), arrows)
+    torch.testing.assert_close(many.invert_vectors(arrows)[:, 1], points[:, 1:] - points[:, :1])
+
+
+def test_poses_keep_their_precision_under_autocast() -> None:
+    single, points = frames(), clouds().float()
+    single = Frames.of(single.rotations.float(), centre=single.centre.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        posed = single.apply(points)
+        back = single.invert(posed)
+        composed = single.compose(Frames.of(single.rotations.flatten(0, 1)))
+    assert posed.dtype == back.dtype == torch.float32
+    torch.testing.assert_close(back, points[:, None].expand_as(back), atol=1e-5, rtol=1e-5)
+    assert_proper(composed)
+
+
+def test_weights_are_normalised() -> None:
+    scores = torch.tensor([[1.0, 2.0], [700.0, -700.0]])
+    many = Frames.of(torch.eye(3).expand(2, 2, 3, 3), scores)
+    torch.testing.assert_close(many.weights, scores.softmax(dim=1))
+    assert many.count == 2
+    equal = Frames.of(torch.eye(3).expand(2, 5, 3, 3))
+    torch.testing.assert_close(equal.weights, torch.full((2, 5), 0.2))
+
+
+def test_bare_rotations_are_single_frames() -> None:
+    one = Frames.of(torch.eye(3).expand(4, 3, 3))
+    assert one.rotations.shape == (4, 1, 3, 3)
+    assert not one.centre.any()
+    assert one.degenerate.tolist() == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("rotations_shape", "weights_shape"),
+    [((3, 3), None), ((2, 3, 2), None), ((2, 4, 3, 3), (2, 3)), ((2, 4, 3, 3), (4,))],
+)
+def test_wrong_shapes_are_named(
+    rotations_shape: tuple[int, ...], weights_shape: tuple[int, ...] | None
+) -> None:
+    weights = None if weights_shape is None else torch.zeros(weights_shape)
+    with pytest.raises(InputError, match="has shape"):
+        Frames.of(torch.zeros(rotations_shape), weights)
+
+
+def test_compose_poses_as_one_after_the_other() -> None:
+    outer, points = frames(), clouds()
+    inner = frames(batch=12, count=2, seed=1)
+    inner = Frames.of(inner.rotations, inner.log_weights)
+    both = outer.compose(inner)
+    assert both.count == 8
+    in_turn = inner.apply(outer.apply(points).flatten(0, 1))
+    torch.testing.assert_close(both.apply(points), in_turn.unflatten(0, (3, 4)).flatten(1, 2))
+    expected = (outer.weights[:, :, None] * inner.weights.unflatten(0, (3, 4))).flatten(1)
+    torch.testing.assert_close(both.weights, expected)
+
+
+def test_compose_is_degenerate_where_no_candidate_is_settled() -> None:
+    outer = Frames.of(
+        torch.eye(3).expand(3, 2, 3, 3), degenerate=torch.tensor([True, False, False])
+    )
+    flags = torch.tensor([False, False, True, False, True, True])
+    inner = Frames.of(torch.eye(3).expand(6, 1, 3, 3), degenerate=flags)
+    assert outer.compose(inner).degenerate.tolist() == [True, False, True]
+
+
+def test_best_are_the_heaviest_in_order() -> None:
+    many = frames(count=6)
+    order = many.log_weights.argsort(dim=1, descending=True)
+    top = many.best(3)
+    assert top.count == 3
+    for cloud in range(3):
+        assert torch.equal(top.rotations[cloud], many.rotations[cloud, order[cloud, :3]])
+    kept = many.weights.gather(1, order[:, :3])
+    torch.testing.assert_close(top.weights, kept / kept.sum(dim=1, keepdim=True))
+    assert torch.equal(top.centre, many.centre)
+    torch.testing.assert_close(many.best().weights, torch.ones(3, 1, dtype=DTYPE))
+    assert many.best(100).count == 6
+
+
+def test_select_takes_the_raw_vectors_along() -> None:
+    raw = torch.arange(2 * 3 * 3 * 2.0).view(2, 3, 3, 2)
+    many = Frames.of(torch.eye(3).expand(2, 3, 3, 3), raw=raw)
+    chosen = many.select(torch.tensor([[2, 0], [1, 1]]))
+    assert torch.equal(chosen.raw[0], raw[0, [2, 0]])
+    assert torch.equal(chosen.raw[1], raw[1, [1, 1]])
+
+
+def test_vote_is_the_weighted_mean() -> None:
+    many = frames()
+    outputs = torch.randn(3, 4, 7, 2, dtype=DTYPE)
+    expected = torch.einsum("bk,bknc->bnc", many.weights, outputs)
+    torch.testing.assert_close(many.vote(outputs), expected)
+    torch.testing.assert_close(
+        many.vote(torch.full((3, 4), 2.5, dtype=DTYPE)).unique(), torch.tensor([2.5], dtype=DTYPE)
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 4, 6, 5)])
+def test_logits_are_voted_as_probabilities(shape: tuple[int, ...]) -> None:
+    many = frames()
+    logits = 5 * torch.randn(shape, dtype=DTYPE)
+    mixture = many.vote(logits.softmax(dim=-1))
+    torch.testing.assert_close(many.vote_logits(logits).exp(), mixture)
+
+
+def test_confident_logits_do_not_overflow() -> None:
+    many = frames(count=2)
+    logits = torch.tensor([[[1e4, 0.0], [0.0, 1e4]]]).expand(3, 2, 2).to(DTYPE)
+    torch.testing.assert_close(many.vote_logits(logits), many.log_weights)
+
+
+def test_single_frame_leaves_logits_untouched() -> None:
+    logits = torch.randn(3, 1, 5, dtype=DTYPE)
+    assert torch.equal(frames(count=1).vote_logits(logits), logits[:, 0])
+
+
+def test_frame_distance_matches_candidates_and_weights() -> None:
+    many = frames()
+    shuffled = many.select(torch.tensor([[2, 0, 3, 1]]).expand(3, 4))
+    assert frame_distance(many, shuffled).max() < 1e-14
+    angle = 0.1
+    turn = rotations.about_axis(torch.ones(3).double(), torch.tensor(angle).double())
+    turned = Frames.of(many.rotations @ turn, many.log_weights)
+    distance = frame_distance(many, turned)
+    torch.testing.assert_close(2 * (distance / math.sqrt(8)).asin(), torch.full_like(distance, 0.1))
+    reweighted = Frames.of(many.rotations, many.log_weights.flip(1))
+    expected = (many.weights - many.weights.flip(1)).abs().amax(dim=1)
+    torch.testing.assert_close(frame_distance(many, reweighted), expected)

@@ -1,0 +1,204 @@
+"""Canonicalized: any predictor behind any canonicalizer is invariant, and survives a file."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pointcanon import checkpoint, rotations, testing
+from pointcanon.canonicalizers import PCA, Canonicalizer, Identity, Optimized
+from pointcanon.errors import CheckpointError, InputError
+from pointcanon.model import Canonicalized, load
+from pointcanon.predictors import PointNet
+
+CLASSES = ("chair", "lamp", "sofa", "table", "vase")
+CANONICALIZERS = {
+    "pca-1": lambda: PCA(1),
+    "pca-4": lambda: PCA(4),
+    "optimized": lambda: Optimized(keep=2, steps=1, scorer_widths=(8, 16), refiner_widths=(8, 16)),
+}
+
+
+def network() -> PointNet:
+    torch.manual_seed(0)
+    built = PointNet(len(CLASSES), widths=(8, 8, 12), embedding=16, dropout=0.5)
+    # logits of a trained network's size, so that a changed vote would show
+    nn.init.normal_(list(built.parameters())[-2], std=2.0)
+    return built
+
+
+def model(canonicalizer: Canonicalizer | str = "pca-4", **options: Any) -> Canonicalized:
+    predictor = network()
+    if isinstance(canonicalizer, str):
+        canonicalizer = CANONICALIZERS[canonicalizer]()
+    return Canonicalized(predictor, canonicalizer, **options).eval()
+
+
+class Moments(nn.Module):
+    """A foreign predictor: points only, one output the third moment along each axis."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        return points.pow(3).mean(dim=1)
+
+
+@pytest.mark.parametrize("vote", ["probabilities", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", CANONICALIZERS)
+def test_outputs_are_invariant_to_rotation(name: str, dtype: torch.dtype, vote: Any) -> None:
+    points = testing.generic_clouds(50, 64, dtype=dtype)
+    whole = model(name, vote=vote).to(dtype)
+    testing.assert_invariant(whole, points)
+    assert whole(points).std(dim=0).min() > 1e-4  # and they do depend on the cloud
+    with pytest.raises(AssertionError, match="invariance"):
+        testing.assert_invariant(network().to(dtype), points)
+
+
+def test_masked_outputs_are_invariant_and_ignore_padding() -> None:
+    points = testing.generic_clouds(20, 64, dtype=torch.float64)
+    mask = (torch.arange(64) < 40).expand(20, 64)
+    whole = model().double()
+    testing.assert_invariant(whole, points, mask=mask)
+    garbage = torch.where(mask[..., None], points, torch.nan)
+    torch.testing.assert_close(whole(garbage, mask), whole(points[:, :40]))
+
+
+def test_outputs_are_those_of_the_posed_cloud() -> None:
+    points = testing.generic_clouds(6, 32)
+    whole = model("pca-1")
+    posed = whole.canonicalizer(points).apply(points)[:, 0]
+    torch.testing.assert_close(whole(points), whole.predictor(posed))
+
+
+def test_votes_over_frames() -> None:
+    points = testing.generic_clouds(6, 32, dtype=torch.float64)
+    mixed, averaged = model(vote="probabilities").double(), model(vote="mean").double()
+    posed = mixed.canonicalizer(points).apply(points)
+    logits = mixed.predictor(posed.flatten(0, 1)).view(6, 4, 5)
+    torch.testing.assert_close(mixed(points).exp(), logits.softmax(dim=-1).mean(dim=1))
+    torch.testing.assert_close(averaged(points), logits.mean(dim=1))
+    with pytest.raises(InputError, match="vote is 'majority'"):
+        model(vote="majority")
+
+
+def test_identity_is_the_bare_predictor() -> None:
+    points = testing.generic_clouds(6, 32)
+    whole = model(Identity())
+    assert torch.equal(whole(points), whole.predictor(points))
+
+
+def test_a_predictor_that_takes_points_only_will_do() -> None:
+    assert list(inspect.signature(Moments.forward).parameters) == ["self", "points"]
+    points = testing.generic_clouds(30, 64, dtype=torch.float64)
+    testing.assert_invariant(Canonicalized(Moments(), PCA(1)), points)
+
+
+def test_normals_reach_the_predictor_in_canonical_pose() -> None:
+    class AlongNormals(nn.Module):
+        def forward(self, points: Tensor, normals: Tensor) -> Tensor:
+            return (normals * points.pow(3)).sum(dim=1)
+
+    points = testing.generic_clouds(20, 64, dtype=torch.float64)
+    normals = nn.functional.normalize(points.flip(1) - 1, dim=-1)
+    testing.assert_invariant(
+        Canonicalized(AlongNormals(), PCA(1)), points, normals=normals, tolerance=1e-8
+    )
+
+
+def test_frames_that_are_known_are_not_found_again() -> None:
+    points = testing.generic_clouds(4, 32)
+    whole = model("optimized")
+    frames = whole.canonicalizer(points)
+    assert torch.equal(whole.predict_in(frames, points), whole(points))
+
+
+def test_prediction() -> None:
+    points = testing.generic_clouds(8, 64, dtype=torch.float64)
+    points[3] = points[3, :1]
+    whole = model("optimized").double()
+    answer = whole.predict(points)
+    torch.testing.assert_close(answer.probabilities.sum(dim=1).double(), torch.ones(8).double())
+    assert torch.equal(answer.labels, whole(points).argmax(dim=1))
+    assert torch.equal(answer.confidence, answer.probabilities.amax(dim=1))
+    assert answer.degenerate.tolist() == [False] * 3 + [True] + [False] * 4
+    testing.assert_proper(answer.rotation)
+    turn = rotations.so3_grid(8, torch.float64)
+    turned = whole.predict(points @ turn.mT)
+    settled = ~answer.degenerate
+    assert torch.equal(turned.labels[settled], answer.labels[settled])
+    torch.testing.assert_close(turned.rotation[settled], (turn @ answer.rotation)[settled])
+
+
+def test_prediction_is_in_eval_mode_and_restores_each_mode() -> None:
+    points = testing.generic_clouds(4, 32)
+    whole = model("optimized")
+    expected = whole.predict(points).probabilities
+    whole.train()
+    whole.predictor.eval()
+    modes = [part.training for part in whole.modules()]
+    answer = whole.predict(points)
+    assert torch.equal(answer.probabilities, expected)
+    assert not answer.probabilities.requires_grad
+    assert [part.training for part in whole.modules()] == modes
+    with pytest.raises(InputError):
+        whole.predict(points[0])
+    assert [part.training for part in whole.modules()] == modes
+
+
+def test_training_reaches_predictor_and_canonicalizer() -> None:
+    whole = model("optimized").train()
+    nn.init.normal_(whole.canonicalizer.refiner.head[-1].weight, std=0.1)
+    whole(testing.generic_clouds(4, 32)).log_softmax(dim=-1)[:, 0].sum().backward()
+    for part in (whole.predictor, whole.canonicalizer.refiner):
+        assert all(torch.isfinite(weight.grad).all() for weight in part.parameters())
+        assert any(weight.grad.any() for weight in part.parameters())
+
+
+@pytest.mark.parametrize("name", CANONICALIZERS)
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    points = testing.generic_clouds(4, 32)
+    whole = model(name, vote="mean")
+    whole.coordinate_frame, whole.classes = "z-up", CLASSES
+    path = tmp_path / "robust.safetensors"
+    whole.save(path, metrics={"overall_accuracy": 0.5})
+    again = load(path)
+    assert isinstance(again, Canonicalized)
+    assert not again.training
+    assert again.vote == "mean"
+    assert torch.equal(again(points), whole(points))
+    assert again.coordinate_frame == "z-up"
+    assert tuple(again.classes) == CLASSES
+    card = checkpoint.read_card(path)
+    assert card.kind == "canonicalized"
+    assert card.metrics == {"overall_accuracy": 0.5}
+
+
+def test_what_the_predictor_was_trained_on_is_remembered(tmp_path: Path) -> None:
+    predictor = network()
+    predictor.coordinate_frame, predictor.classes = "y-up-mirrored", CLASSES
+    predictor.normalisation = "unit-ball"
+    path = tmp_path / "robust.safetensors"
+    Canonicalized(predictor, PCA(4)).save(path)
+    card = checkpoint.read_card(path)
+    assert (card.coordinate_frame, card.classes) == ("y-up-mirrored", CLASSES)
+    assert card.normalisation == load(path).normalisation == "unit-ball"
+
+
+def test_a_predictor_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "pointnet.safetensors"
+    checkpoint.save(path, network(), checkpoint.Card(kind="predictor"))
+    with pytest.raises(CheckpointError, match=r"predictor.*predictors\.load"):
+        load(path)
+    with pytest.raises(CheckpointError, match="no file"):
+        load(tmp_path / "absent.safetensors")
+
+
+def test_bad_clouds_are_refused_by_the_whole_model() -> None:
+    with pytest.raises(InputError, match=r"points\.mT"):
+        model()(torch.zeros(2, 3, 50))
+    with pytest.raises(InputError, match="nan"):
+        model()(torch.full((2, 50, 3), torch.nan))

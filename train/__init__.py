@@ -1,0 +1,1 @@
+"""Training: a Lightning module, a data module and the shipped recipes."""
