@@ -119,8 +119,8 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "vnn": Augmentation(dropout=0.875, scale=(0.8, 1.25), isotropic=True, shift=0.1),
 }
 """``scale``: another proportion each time, for canonicalizers, which centre and measure the cloud
-themselves. ``dgcnn``: as DGCNN's training (also equiadapt, PaRot, LocoTrans). ``vnn``: as that of the vector
-neurons and of yanx27's PointNet++."""
+themselves. ``dgcnn``: as DGCNN's training (also equiadapt, PaRot, LocoTrans). ``vnn``: that of the
+vector neurons and of yanx27's PointNet++."""
 
 
 def augmentation(name: str | Augmentation) -> Augmentation:

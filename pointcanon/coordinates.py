@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pointcanon.errors import InputError
 
-__all__ = ["COORDINATE_FRAMES", "CoordinateFrame", "coordinate_frame", "convert"]
+__all__ = ["COORDINATE_FRAMES", "CoordinateFrame", "convert", "coordinate_frame"]
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,20 @@ def test_forward_compiles_in_one_graph(network: nn.Module, generator: torch.Gene
     torch.testing.assert_close(compiled(wide, mask), network(wide, mask))
 
 
-def test_a_single_point_has_finite_logits(network: nn.Module) -> None:
-    assert network.eval()(torch.ones(2, 1, 3, dtype=torch.float64)).isfinite().all()
+def test_a_single_point_has_finite_logits() -> None:
+    network = predictors.create("pointnet", num_classes=3, embedding=16).eval()
+    assert network(torch.ones(2, 1, 3)).isfinite().all()
+
+
+def test_a_cloud_smaller_than_the_neighbourhood_is_refused() -> None:
+    network = predictors.create("dgcnn", num_classes=3, k=4, embedding=16).eval()
+    assert network(torch.randn(2, 4, 3)).isfinite().all()
+    with pytest.raises(InputError, match="k = 4 neighbours, but a cloud has 3 points"):
+        network(torch.randn(2, 3, 3))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 2:] = False
+    with pytest.raises(InputError, match="a cloud has 2 points"):
+        network(torch.randn(2, 6, 3), mask)
 
 
 @pytest.mark.parametrize("name", ["pointnet", "dgcnn"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pointcanon.errors import InputError
 from pointcanon.layers.pointwise import BatchNorm, masked_max, masked_mean
 from pointcanon.neighbors import knn
 from pointcanon.predictors.base import Predictor
@@ -77,7 +78,7 @@ class DGCNN(Predictor):
 
     Args:
         num_classes: Number of logits.
-        k: Neighbours of a point, itself among them; in a smaller cloud they repeat.
+        k: Neighbours of a point, itself among them; a smaller cloud is refused with an InputError.
         embedding: Width of the layer that is pooled, by maximum and by mean.
         dropout: After the first and the second layer of the head.
     """
@@ -108,9 +109,20 @@ class DGCNN(Predictor):
         }
 
     def predict(self, points: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_count(points, mask)
         features, levels = points, []
         for convolution in self.edges:
             features = convolution(features, mask)
             levels.append(features)
         shared = self.shared(torch.cat(levels, dim=-1), mask)
         return self.head(torch.cat((masked_max(shared, mask), masked_mean(shared, mask)), dim=-1))
+
+    def _check_count(self, points: Tensor, mask: Tensor | None) -> None:
+        smallest = points.shape[1]
+        if mask is not None and len(mask) and not torch.compiler.is_compiling():
+            smallest = int(mask.sum(dim=1).min())
+        if smallest < self.k:
+            raise InputError(
+                f"DGCNN looks at k = {self.k} neighbours, but a cloud has {smallest} points: "
+                "sample more points, or build the network with a smaller k"
+            )
