@@ -1,0 +1,176 @@
+"""An evaluation as a table for a person and as JSON for a program."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pointcanon.errors import UsageError
+from pointcanon.eval.evaluate import Evaluation, Scores, Trials
+from pointcanon.eval.protocols import POSES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["render", "to_json", "write_json"]
+
+FIGURES = ("overall_accuracy", "mean_class_accuracy")
+
+
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The object that ``pointcanon eval --json`` writes: plain values, never NaN.
+
+    Accuracies, rates and the tax are shares of 1, angles degrees, times milliseconds. What was not
+    measured is None: the figures of ``invariance`` where the protocol turns nothing, deviations of
+    a single seed, ``bare`` and ``aligned_tax`` where there is no canonicalizer.
+    """
+    bare, invariance, timing = evaluation.bare, evaluation.invariance, evaluation.timing
+    angles = invariance.rotation_error_deg if invariance else None
+    return {
+        "dataset": evaluation.dataset,
+        "split": evaluation.split,
+        "n": evaluation.n,
+        "num_points": evaluation.num_points,
+        "coordinate_frame": evaluation.coordinate_frame,
+        "protocol": str(evaluation.protocol),
+        "seeds": list(evaluation.seeds),
+        "predictor": evaluation.predictor,
+        "canonicalizer": evaluation.canonicalizer,
+        **_trials(evaluation.trials, evaluation.seeds),
+        "aligned_tax": {figure: evaluation.aligned_tax(figure) for figure in FIGURES}
+        if bare
+        else None,
+        "bare": _trials(bare, evaluation.seeds) if bare else None,
+        "invariance": {
+            "prediction_flip_rate": invariance.prediction_flip_rate if invariance else None,
+            "rotation_error_deg": asdict(angles)
+            if angles
+            else dict.fromkeys(("p50", "p99", "max")),
+        },
+        "frames": asdict(evaluation.frames),
+        "timing": {**asdict(timing), "total_ms": timing.total_ms},
+        "versions": evaluation.versions,
+    }
+
+
+def _trials(trials: Trials, seeds: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "metrics": asdict(trials.mean),
+        "metrics_sd": {figure: trials.deviation(figure) for figure in FIGURES},
+        "per_seed": [
+            {"seed": seed, **{figure: getattr(scores, figure) for figure in FIGURES}}
+            for seed, scores in zip(seeds, trials.turned, strict=True)
+        ],
+        "aligned": asdict(trials.aligned),
+    }
+
+
+def write_json(evaluation: Evaluation, path: str | Path) -> None:
+    """Write :func:`to_json` to ``path``, atomically: the old file or the new, whole.
+
+    Raises:
+        UsageError: If the file cannot be written.
+    """
+    path = Path(path)
+    text = json.dumps(to_json(evaluation), indent=2, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error}; name another file") from error
+
+
+def render(evaluation: Evaluation, console: Console) -> None:
+    """Print an evaluation for a person: percentages, with and without canonicalization."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    pose, seeds = evaluation.protocol.test, evaluation.seeds
+    where = f"{evaluation.dataset} {evaluation.split or ''}".rstrip()
+    title = f"{where}, {evaluation.n:,} clouds of {evaluation.num_points:,} points"
+    caption = f"protocol {evaluation.protocol}"
+    if seeds:
+        caption += f" ({pose}: {POSES[pose]}), seeds {', '.join(map(str, seeds))}"
+    if len(seeds) > 1:
+        caption += ", mean ± s.d."
+    table = Table(title=escape(title), caption=escape(caption), title_justify="left")
+    table.add_column("accuracy %")
+    for heading in [POSES["I"]] + [f"under {pose}"] * bool(seeds):
+        table.add_column(f"{heading}\noverall", justify="right")
+        table.add_column("\nmean class", justify="right")
+    if evaluation.bare is not None:
+        table.add_row(f"{evaluation.predictor} alone", *_row(evaluation.bare))
+        table.add_row(f"behind {evaluation.canonicalizer}", *_row(evaluation.trials), style="bold")
+    else:
+        table.add_row(evaluation.predictor, *_row(evaluation.trials))
+    console.print(table)
+    for name, text in _findings(evaluation):
+        console.print(f"{name:<18} {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _row(trials: Trials) -> list[str]:
+    cells = [_percent(getattr(trials.aligned, figure)) for figure in FIGURES]
+    if trials.turned:
+        cells += [
+            _with_deviation(getattr(trials.mean, figure), trials.deviation(figure))
+            for figure in FIGURES
+        ]
+    return cells
+
+
+def _findings(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Name and text of each line below the table."""
+    frames, timing = evaluation.frames, evaluation.timing
+    canonicalized = evaluation.bare is not None
+    lines = []
+    tax = evaluation.aligned_tax()
+    if tax is not None:
+        lines.append(
+            ("aligned tax", f"{100 * tax:+.1f} points of overall accuracy lost as they come")
+        )
+    if evaluation.invariance is not None:
+        rate = evaluation.invariance.prediction_flip_rate
+        lines.append(("prediction flips", f"{100 * rate:.2f} % when a cloud is turned again"))
+        angles = evaluation.invariance.rotation_error_deg
+        if canonicalized and angles is not None:
+            text = f"p50 {angles.p50:.2g}°, p99 {angles.p99:.2g}°, max {angles.max:.2g}°"
+            lines.append(("equivariance error", text))
+    if canonicalized:
+        text = (
+            f"{frames.median_error_deg:.1f}° (median) from the data's own, "
+            f"up within 10° for {_percent(frames.up_within_10_deg)} %"
+        )
+        lines.append(("pose", text))
+        lines.append(("degenerate clouds", f"{100 * frames.degenerate:.2f} %"))
+    parts = f"{timing.canonicalizer_ms:.2f} canonicalizer + {timing.predictor_ms:.2f} predictor"
+    passes = "1 pass" if frames.count == 1 else f"{frames.count} passes"
+    where = timing.device + (f", {timing.threads} threads" if timing.device == "cpu" else "")
+    lines.append(
+        (
+            "time per cloud",
+            f"{timing.total_ms:.2f} ms ({parts}, {passes}; {where}, batch {timing.batch_size})",
+        )
+    )
+    lines.append(("weakest classes", _weakest(evaluation.trials.mean)))
+    return lines
+
+
+def _weakest(scores: Scores, count: int = 5) -> str:
+    known = [(share, name) for name, share in scores.per_class.items() if share is not None]
+    return ", ".join(f"{name} {_percent(share)}" for share, name in sorted(known)[:count])
+
+
+def _with_deviation(mean: float, deviation: float | None) -> str:
+    return _percent(mean) if deviation is None else f"{_percent(mean)} ± {100 * deviation:.1f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

@@ -1,0 +1,66 @@
+"""What several commands have in common: the options that name data, and opening a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from pointcanon.datasets import CloudDataset
+
+__all__ = ["DataOptions", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The data set a command works on; None leaves a choice to the data set.
+
+    Args:
+        name: modelnet40, modelnet10 or parametric-shapes.
+        root: Folder that holds the files; none for generated data.
+        split: train, val, trainval or test.
+        num_points: Points per cloud.
+        layout: h5, off or txt, where a root holds several.
+        coordinate_frame: Frame to convert the clouds to: z-up, y-up or y-up-mirrored.
+    """
+
+    name: str = "modelnet40"
+    root: str | None = None
+    split: str = "test"
+    num_points: int | None = None
+    layout: str | None = None
+    coordinate_frame: str | None = None
+
+    def open(self) -> CloudDataset:
+        """The data set.
+
+        Raises:
+            UsageError: On an unknown name, or an option that data set does not have.
+            DataError: If the root does not hold the data set.
+            InputError: On a value it cannot take.
+        """
+        from pointcanon import datasets
+
+        options = asdict(self)
+        name, root, split = (options.pop(key) for key in ("name", "root", "split"))
+        given = {key: value for key, value in options.items() if value is not None}
+        return datasets.load(name, root, split, **given)
+
+
+def open_checkpoint(path: str | Path) -> nn.Module:
+    """What a checkpoint holds, in eval mode: a :class:`~pointcanon.model.Canonicalized` where
+    pointcanon saved one, else a predictor, ours or public.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or fits nothing that is known.
+    """
+    from pointcanon import checkpoint, model, predictors
+
+    if checkpoint.is_safetensors(path):
+        card = checkpoint.read_card(path)
+        if card is not None and card.kind == "canonicalized":
+            return model.load(path)
+    return predictors.load(path)

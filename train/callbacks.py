@@ -1,0 +1,62 @@
+"""What is kept of a training: the best model on validation, as a checkpoint with its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from pointcanon import checkpoint
+from pointcanon.train.task import CloudTask
+
+__all__ = ["SaveBest"]
+
+
+class SaveBest(Callback):
+    """Write ``best.safetensors`` whenever the validation accuracy rises.
+
+    A training of the predictor alone writes the predictor; any other writes the canonicalized
+    model, which :func:`pointcanon.load` reads.
+
+    Args:
+        folder: Of the file.
+        command: The command line of the training, for the card.
+    """
+
+    def __init__(self, folder: Path, command: str) -> None:
+        self.path = folder / "best.safetensors"
+        self.command = command
+        self.best = -1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_validation_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        accuracy = float(trainer.callback_metrics["val/accuracy"])
+        if trainer.sanity_checking or accuracy <= self.best:
+            return
+        self.best = accuracy
+        if trainer.is_global_zero and isinstance(pl_module, CloudTask):
+            self._write(pl_module, trainer)
+
+    def _write(self, task: CloudTask, trainer: lightning.Trainer) -> None:
+        metrics = {"val_accuracy": self.best, "epoch": float(trainer.current_epoch)}
+        known: dict[str, Any] = {
+            "coordinate_frame": task.model.coordinate_frame,
+            "classes": tuple(task.model.classes or ()),
+            "normalisation": "unit-ball",
+            "training_command": self.command,
+            "metrics": metrics,
+        }
+        if task.trained == "predictor":
+            card = checkpoint.Card(kind="predictor", **known)
+            checkpoint.save(self.path, task.model.predictor, card)
+        else:
+            task.model.save(self.path, **known)

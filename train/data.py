@@ -1,0 +1,105 @@
+"""The clouds of one training: train and validation loaders over a data set of the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from pointcanon import datasets
+from pointcanon.coordinates import CoordinateFrame
+
+__all__ = ["Clouds", "EpochSampler"]
+
+
+class EpochSampler(Sampler[int]):
+    """A shuffle that depends on the seed and the epoch alone, so that a resumed run repeats it.
+
+    It asks for the epoch each time it starts, because under DDP Lightning wraps it and tells the
+    epoch to the wrapper only.
+    """
+
+    def __init__(self, size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.size, self.seed, self.epoch = size, seed, epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+class Clouds(lightning.LightningDataModule):
+    """A data set's official train split, with a validation split held out of it.
+
+    Args:
+        name: A data set of :data:`pointcanon.datasets.REGISTRY`.
+        root: Folder of its files; None for data that is generated.
+        num_points: Points of each cloud.
+        batch_size: Clouds of a training step, per process.
+        eval_batch_size: Clouds of a validation step.
+        num_workers: Loader processes; 0 loads in the training process.
+        coordinate_frame: Frame to convert to; None keeps the files' own.
+        layout: Which layout to read where a root holds several.
+        size: Clouds of the train split, for generated data; None for its default.
+        seed: Of the shuffle.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | None = None,
+        num_points: int = 1024,
+        batch_size: int = 32,
+        eval_batch_size: int = 32,
+        num_workers: int = 0,
+        coordinate_frame: str | None = None,
+        layout: str | None = None,
+        size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.seed = num_workers, seed
+        options = {
+            "num_points": num_points,
+            "coordinate_frame": coordinate_frame,
+            "layout": layout,
+        }
+        options = {key: value for key, value in options.items() if value is not None}
+        training = {**options, "size": size} if size is not None else options
+        self.train_set = datasets.load(name, root, "train", **training)
+        self.val_set = datasets.load(name, root, "val", **options)
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.train_set.classes)
+
+    @property
+    def coordinate_frame(self) -> CoordinateFrame:
+        return self.train_set.coordinate_frame
+
+    def _epoch(self) -> int:
+        return 0 if self.trainer is None else self.trainer.current_epoch
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(
+            self.train_set,  # type: ignore[arg-type]
+            self.batch_size,
+            sampler=EpochSampler(len(self.train_set), self.seed, self._epoch),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            drop_last=len(self.train_set) > self.batch_size,
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(
+            self.val_set,  # type: ignore[arg-type]
+            self.eval_batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )

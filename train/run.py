@@ -1,0 +1,180 @@
+"""From a recipe to a trained model: the ``train`` command."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import lightning
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from pointcanon.errors import DataError, UsageError
+from pointcanon.train.callbacks import SaveBest
+from pointcanon.train.data import Clouds
+from pointcanon.train.task import CloudTask
+
+__all__ = ["find_recipe", "recipes", "train"]
+
+
+def recipes() -> list[str]:
+    """Names of the shipped recipes."""
+    folder = resources.files("pointcanon.train") / "recipes"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a shipped recipe, or the file of that name.
+
+    Raises:
+        UsageError: If there is neither.
+    """
+    if name in recipes():
+        return Path(str(resources.files("pointcanon.train") / "recipes" / f"{name}.yaml"))
+    if Path(name).is_file():
+        return Path(name)
+    raise UsageError(
+        f"there is no recipe and no file {name!r}; the recipes are: {', '.join(recipes())}"
+    )
+
+
+NOT_FOR_USERS = (
+    "LightningCLI's args parameter",  # the arguments do come from a command line
+    "Checkpoint directory .* exists",  # _check_folder has looked
+    "Found .* module.* in eval mode",  # the frozen part, on purpose
+    "does not have many workers",  # reading a cloud is cheap
+    "The number of training batches",
+    "Experiment logs directory .* exists",
+    "You are using `torch.load` with `weights_only=False`",  # a file of our own making
+)
+"""Warnings of Lightning about what is meant to be so."""
+
+
+class _CLI(LightningCLI):
+    """Recipe, data, model and trainer as one command line."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--output", default=None, help="folder of what is kept (default: runs/RECIPE)"
+        )
+        parser.add_argument(
+            "--resume", action="store_true", help="go on where the run in --output stopped"
+        )
+        parser.add_argument(
+            "--patience",
+            type=int,
+            default=None,
+            help="stop after so many validations without a better accuracy",
+        )
+        parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
+        parser.link_arguments(
+            "data.coordinate_frame", "model.coordinate_frame", apply_on="instantiate"
+        )
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        self.folder = Path(self.config.output)
+        _check_folder(self.folder, self.config.resume)
+        checkpoints = ModelCheckpoint(
+            dirpath=self.folder, filename="last", save_top_k=1, enable_version_counter=False
+        )
+        # the best model is written before the state, so that a resumed run knows what is on disk
+        callbacks: list[lightning.Callback] = [SaveBest(self.folder, self.command), checkpoints]
+        if self.config.patience is not None:
+            callbacks.append(
+                EarlyStopping("val/accuracy", mode="max", patience=self.config.patience)
+            )
+        kwargs.setdefault("callbacks", callbacks)
+        kwargs.setdefault("logger", _loggers(self.folder))
+        return super().instantiate_trainer(**kwargs)
+
+    command = ""
+    folder: Path
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    state = folder / "last.ckpt"
+    if resume and not state.is_file():
+        raise UsageError(f"there is nothing to resume: {state} does not exist")
+    if not resume and state.exists():
+        raise UsageError(
+            f"{folder} holds a training already: add --resume to go on with it, "
+            "or choose another --output"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {folder}: {error}") from error
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    table = CSVLogger(folder, name="logs")  # a resumed run writes a new version beside the old
+    loggers: list[Logger] = [table]
+    with suppress(ModuleNotFoundError):  # optional; the CSV file holds the same figures
+        loggers.append(TensorBoardLogger(folder, name="logs", version=table.version))
+    return loggers
+
+
+def train(argv: list[str]) -> Path:
+    """Run a training from command-line arguments; see ``pointcanon train --help``.
+
+    Returns:
+        The folder that holds ``best.safetensors``, ``last.ckpt``, ``config.yaml`` and ``logs/``.
+
+    Raises:
+        PointcanonError: On anything a user can mend.
+    """
+    arguments = _resolve_recipe(argv)
+    _CLI.command = shlex.join(["pointcanon", "train", *argv])
+    with warnings.catch_warnings():
+        for message in NOT_FOR_USERS:
+            warnings.filterwarnings("ignore", f".*{message}")
+        return _train(arguments)
+
+
+def _train(arguments: list[str]) -> Path:
+    try:
+        cli = _CLI(
+            CloudTask,
+            Clouds,
+            run=False,
+            args=arguments,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={"max_epochs": 10, "num_sanity_val_steps": 0},
+            parser_kwargs={"prog": "pointcanon train", "exit_on_error": False},
+        )
+    except ArgumentError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    cli.parser.save(cli.config, cli.folder / "config.yaml", overwrite=True, skip_validation=True)
+    state = str(cli.folder / "last.ckpt") if cli.config.resume else None
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state, weights_only=False)
+    if cli.trainer.interrupted:
+        raise DataError(f"interrupted; go on with: {cli.command} --resume")
+    return cli.folder
+
+
+def _resolve_recipe(argv: list[str]) -> list[str]:
+    """Recipe names become files, and the default output folder is named after the recipe."""
+    arguments, recipe = list(argv), None
+    for position, argument in enumerate(argv):
+        if argument == "--config" and position + 1 < len(argv):
+            recipe = argv[position + 1]
+            arguments[position + 1] = str(find_recipe(recipe))
+        elif argument.startswith("--config="):
+            recipe = argument.removeprefix("--config=")
+            arguments[position] = f"--config={find_recipe(recipe)}"
+    helped = any(argument.startswith(("-h", "--help", "--print_config")) for argument in argv)
+    if recipe is None and not helped:
+        raise UsageError(f"name a recipe: --config {' | '.join(recipes())}")
+    if recipe is not None and not any(a.split("=")[0] == "--output" for a in argv):
+        arguments += ["--output", f"runs/{Path(recipe).stem}"]
+    return arguments

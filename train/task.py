@@ -1,0 +1,235 @@
+"""One Lightning module for every training: a predictor, a canonicalizer for it, or both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from pointcanon import predictors
+from pointcanon.canonicalizers import Canonicalizer, Identity
+from pointcanon.coordinates import CoordinateFrame
+from pointcanon.datasets.augment import augmentation as find_augmentation
+from pointcanon.errors import CheckpointError, UsageError
+from pointcanon.eval.protocols import pose_rotations, protocol, random_pose
+from pointcanon.losses import Refines, prior_loss, refinement_loss
+from pointcanon.model import Canonicalized
+from pointcanon.priors import Prior
+
+__all__ = ["CloudTask", "find_predictor"]
+
+Trained = Literal["predictor", "canonicalizer", "joint"]
+
+
+def find_predictor(
+    name: str, classes: Sequence[str], frame: CoordinateFrame, options: dict[str, Any]
+) -> nn.Module:
+    """A network by its registered name, freshly initialised, or else from the file of that name.
+
+    Raises:
+        UsageError: If it is neither, or options are given for a file.
+        CheckpointError: If the file cannot be used, or was trained for other data.
+    """
+    if name in predictors.PREDICTORS:
+        return predictors.create(name, num_classes=len(classes), **options)
+    if not Path(name).exists():
+        known = ", ".join(predictors.PREDICTORS)
+        raise UsageError(f"predictor {name!r} is neither a file nor one of: {known}")
+    if options:
+        raise UsageError(f"{name} says its own architecture; leave out predictor_options")
+    predictor = predictors.load(name)
+    trained_in = getattr(predictor, "coordinate_frame", None)
+    if trained_in is not None and str(trained_in) != str(frame):
+        raise CheckpointError(
+            f"{name} was trained in the frame {trained_in}, the data is {frame}: "
+            f"convert it with --data.coordinate_frame {trained_in}"
+        )
+    known_classes = getattr(predictor, "classes", None)
+    if known_classes is not None and list(known_classes) != list(classes):
+        raise CheckpointError(
+            f"{name} knows {len(known_classes)} classes, the data has {len(classes)} or others"
+        )
+    return predictor
+
+
+class CloudTask(lightning.LightningModule):
+    """Train ``Canonicalized(predictor, canonicalizer)``, whole or in part.
+
+    The loss is ``task_weight`` times the cross-entropy of the predictor on the canonical clouds
+    plus ``prior_weight`` times the prior loss of the frames. Learned canonicalization has the first
+    only, prior-regularised both; the second alone never runs the predictor while training.
+
+    Args:
+        predictor: A registered name, or a checkpoint to start from.
+        canonicalizer: None trains the predictor as it is.
+        trained: Which of the two learns; the other is frozen, in evaluation mode.
+        prior: Over the poses of the predictor's training data.
+        prior_weight: Of the prior loss.
+        outliers: Share of clouds whose pose the prior loss gives up on; for several candidates.
+        refinement_weight: Of the refinement loss, for a canonicalizer that refines.
+        task_weight: Of the cross-entropy.
+        protocol: Train and test poses, such as ``z/SO3``.
+        augmentation: A name of :data:`pointcanon.datasets.augment.AUGMENTATIONS`.
+        label_smoothing: Of the cross-entropy.
+        optimizer: ``adamw``, or ``sgd`` with momentum 0.9.
+        learning_rate: At its highest.
+        weight_decay: Of the optimizer.
+        warmup: Share of the training in which the rate rises; it then falls along a cosine.
+        final_rate: Share of the learning rate that is left at the end.
+        predictor_options: Hyper-parameters of a predictor that is created by name.
+        seed: Of poses, augmentation, and everything random in a step.
+        classes: Of the data; the command line fills it in.
+        coordinate_frame: Of the data; the command line fills it in.
+    """
+
+    def __init__(
+        self,
+        predictor: str,
+        canonicalizer: Canonicalizer | None = None,
+        trained: Trained = "canonicalizer",
+        prior: Prior | None = None,
+        prior_weight: float = 1.0,
+        outliers: float = 0.0,
+        refinement_weight: float = 0.0,
+        task_weight: float = 1.0,
+        protocol: str = "I/SO3",
+        augmentation: str = "none",
+        label_smoothing: float = 0.0,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        warmup: float = 0.05,
+        final_rate: float = 0.01,
+        predictor_options: dict[str, Any] | None = None,
+        seed: int = 0,
+        *,
+        classes: Sequence[str],
+        coordinate_frame: CoordinateFrame,
+    ) -> None:
+        super().__init__()
+        frame = coordinate_frame
+        if trained == "canonicalizer" and predictor in predictors.PREDICTORS:
+            raise UsageError(
+                f"a canonicalizer is trained for a predictor that is trained already, and "
+                f"{predictor!r} is a new one: give a checkpoint with --model.predictor FILE"
+            )
+        network = find_predictor(predictor, classes, frame, predictor_options or {})
+        self.model = Canonicalized(network, canonicalizer or Identity())
+        self.model.classes = tuple(classes)
+        self.model.coordinate_frame = str(frame)
+        self.trained: Trained = trained
+        frozen = {"predictor": self.model.canonicalizer, "canonicalizer": self.model.predictor}
+        self.frozen: nn.Module | None = None
+        if trained != "joint":
+            # not registered twice: the module is already the model's
+            object.__setattr__(self, "frozen", frozen[trained].requires_grad_(False))
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UsageError(
+                f"nothing to train: the {trained} has no parameters; choose another canonicalizer"
+            )
+        if prior is None and task_weight == 0:
+            raise UsageError("nothing to learn from: task_weight is 0 and there is no prior")
+        self.prior, self.prior_weight, self.task_weight = prior, prior_weight, task_weight
+        self.outliers, self.refinement_weight = outliers, refinement_weight
+        if refinement_weight > 0 and not (prior and hasattr(self.model.canonicalizer, "refine")):
+            raise UsageError(
+                "refinement_weight needs a prior and a canonicalizer that refines (Optimized)"
+            )
+        self.protocol = _protocol(protocol)
+        self.augmentation = find_augmentation(augmentation)
+        self.label_smoothing = label_smoothing
+        self.optimizer, self.learning_rate = optimizer, learning_rate
+        self.weight_decay, self.warmup, self.final_rate = weight_decay, warmup, final_rate
+        self.seed = seed
+        self.up_axis = frame.up_axis
+        self.accuracy = MulticlassAccuracy(len(classes), average="micro")
+        self.val_loss = MeanMetric()
+
+    def train(self, mode: bool = True) -> CloudTask:
+        super().train(mode)
+        if self.frozen is not None:
+            self.frozen.eval()
+        return self
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # randomness is a function of the step, so a resumed run repeats an undisturbed one
+        torch.manual_seed(self._step_seed(batch_idx))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._step_seed(batch_idx) + 1)
+        points = self.augmentation(batch["points"], generator)
+        turn = random_pose(self.protocol.train, len(points), self.up_axis, generator).to(points)
+        loss = self._loss(points @ turn.mT, batch["label"], turn)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(points))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        count = len(self.trainer.datamodule.val_set)  # type: ignore[attr-defined]
+        self.val_turns = pose_rotations(self.protocol.test, count, self.up_axis, seed=self.seed)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        turn = self.val_turns[batch["index"].cpu()].to(batch["points"])
+        points = batch["points"] @ turn.mT
+        logits = self.model(points)
+        self.accuracy(logits, batch["label"])
+        self.val_loss(functional.cross_entropy(logits, batch["label"]), len(points))
+        self.log("val/accuracy", self.accuracy, on_epoch=True, prog_bar=True)
+        self.log("val/loss", self.val_loss, on_epoch=True, prog_bar=True)
+
+    def _loss(self, points: Tensor, labels: Tensor, turn: Tensor) -> Tensor:
+        frames = self.model.canonicalizer(points)
+        loss = points.new_zeros(())
+        if self.task_weight > 0:
+            logits = self.model.predict_in(frames, points)
+            task = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            loss = loss + self.task_weight * task
+        if self.prior is not None:
+            prior = prior_loss(frames, self.prior, turn, self.outliers)
+            loss = loss + self.prior_weight * prior
+        if self.prior is not None and self.refinement_weight > 0:
+            canonicalizer = cast(Refines, self.model.canonicalizer)
+            refinement = refinement_loss(canonicalizer, points, self.prior, turn)
+            loss = loss + self.refinement_weight * refinement
+        return loss
+
+    def _step_seed(self, batch_idx: int) -> int:
+        step = (self.current_epoch * 1_000_003 + batch_idx) * 1_009 + self.global_rank
+        return (self.seed * 7_368_787 + step) * 2 % (1 << 62)
+
+    def configure_optimizers(self) -> Any:
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        if self.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                learning, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
+            )
+        else:
+            optimizer = torch.optim.AdamW(
+                learning, self.learning_rate, weight_decay=self.weight_decay
+            )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _rate(step / total, self.warmup, self.final_rate)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def _rate(progress: float, warmup: float, final: float) -> float:
+    """Share of the highest learning rate after a share ``progress`` of all steps."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    fall = min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))
+    return final + (1 - final) * (1 + math.cos(math.pi * fall)) / 2
+
+
+_protocol = protocol  # the constructor has an argument of that name
