@@ -115,12 +115,14 @@ class Augmentation:
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(),
     "scale": Augmentation(scale=(0.75, 1.35)),
+    "pointnet": Augmentation(jitter=0.01),
     "dgcnn": Augmentation(scale=(2 / 3, 3 / 2), shift=0.2),
     "vnn": Augmentation(dropout=0.875, scale=(0.8, 1.25), isotropic=True, shift=0.1),
 }
 """``scale``: another proportion each time, for canonicalizers, which centre and measure the cloud
-themselves. ``dgcnn``: as DGCNN's training (also equiadapt, PaRot, LocoTrans). ``vnn``: that of the
-vector neurons and of yanx27's PointNet++."""
+themselves. ``pointnet``: as PointNet's training, its rotation left to the protocol. ``dgcnn``: as
+DGCNN's (also equiadapt, PaRot, LocoTrans). ``vnn``: as that of the vector neurons and of yanx27's
+PointNet++."""
 
 
 def augmentation(name: str | Augmentation) -> Augmentation:

@@ -57,7 +57,7 @@ def prior_loss(
     for stage in stages:
         poses = stage.rotations
         if reference is not None:
-            poses = product(reference.mT[:, None], poses)
+            poses = product(reference.mT[:, None].to(poses), poses)
         likelihood = (stage.log_weights + prior.log_prob(poses)).logsumexp(dim=1)
         if outliers > 0:
             anywhere = torch.full_like(likelihood, math.log(outliers))
@@ -91,10 +91,12 @@ def refinement_loss(
     Returns:
         A scalar.
     """
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
     axis = torch.randn(len(points), samples, 3, dtype=points.dtype, device=points.device)
     angle = spread * torch.rand(len(points), samples, dtype=points.dtype, device=points.device)
     starts = about_axis(axis, angle)
     if reference is not None:
+        reference = reference.to(points)
         starts = product(reference[:, None], starts)
     frames = canonicalizer.refine(points, Frames.of(starts, centre=points.mean(dim=1)))
     poses = frames.rotations

@@ -148,9 +148,10 @@ def load(path: str | Path) -> Canonicalized:
             f"{path} holds a {card.kind}, not a canonicalized model; "
             "load it with pointcanon.predictors.load"
         )
-    module.coordinate_frame = card.coordinate_frame
-    module.classes = card.classes
-    module.normalisation = card.normalisation
+    for part in (module, module.predictor):  # the predictor may be put behind another frame
+        part.coordinate_frame = card.coordinate_frame  # type: ignore[assignment]
+        part.classes = card.classes  # type: ignore[assignment]
+        part.normalisation = card.normalisation  # type: ignore[assignment]
     return module
 
 

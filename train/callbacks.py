@@ -9,6 +9,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from pointcanon import checkpoint
+from pointcanon.canonicalizers import Identity
 from pointcanon.train.task import CloudTask
 
 __all__ = ["SaveBest"]
@@ -17,8 +18,8 @@ __all__ = ["SaveBest"]
 class SaveBest(Callback):
     """Write ``best.safetensors`` whenever the validation accuracy rises.
 
-    A training of the predictor alone writes the predictor; any other writes the canonicalized
-    model, which :func:`pointcanon.load` reads.
+    Without a canonicalizer that is the predictor, for :func:`pointcanon.predictors.load`; with one
+    it is the canonicalized model, for :func:`pointcanon.load`.
 
     Args:
         folder: Of the file.
@@ -43,19 +44,30 @@ class SaveBest(Callback):
         if trainer.sanity_checking or accuracy <= self.best:
             return
         self.best = accuracy
-        if trainer.is_global_zero and isinstance(pl_module, CloudTask):
-            self._write(pl_module, trainer)
+        self._write(pl_module, trainer, {"val_accuracy": accuracy})
 
-    def _write(self, task: CloudTask, trainer: lightning.Trainer) -> None:
-        metrics = {"val_accuracy": self.best, "epoch": float(trainer.current_epoch)}
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if self.best < 0:  # a training too short to be validated has no better model than the last
+            self._write(pl_module, trainer, {})
+
+    def _write(
+        self,
+        task: lightning.LightningModule,
+        trainer: lightning.Trainer,
+        metrics: dict[str, float],
+    ) -> None:
+        if not (trainer.is_global_zero and isinstance(task, CloudTask)):
+            return
         known: dict[str, Any] = {
             "coordinate_frame": task.model.coordinate_frame,
             "classes": tuple(task.model.classes or ()),
             "normalisation": "unit-ball",
             "training_command": self.command,
-            "metrics": metrics,
+            "metrics": {**metrics, "epoch": float(trainer.current_epoch)},
         }
-        if task.trained == "predictor":
+        if isinstance(task.model.canonicalizer, Identity):
             card = checkpoint.Card(kind="predictor", **known)
             checkpoint.save(self.path, task.model.predictor, card)
         else:

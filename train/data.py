@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 
 import lightning
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from pointcanon import datasets
-from pointcanon.coordinates import CoordinateFrame
+from pointcanon.errors import UsageError
 
 __all__ = ["Clouds", "EpochSampler"]
 
@@ -63,6 +64,13 @@ class Clouds(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for option, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise UsageError(f"data.{option} is {value}; choose at least {least}")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         options = {
@@ -76,12 +84,8 @@ class Clouds(lightning.LightningDataModule):
         self.val_set = datasets.load(name, root, "val", **options)
 
     @property
-    def classes(self) -> list[str]:
-        return list(self.train_set.classes)
-
-    @property
-    def coordinate_frame(self) -> CoordinateFrame:
-        return self.train_set.coordinate_frame
+    def _processes(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
 
     def _epoch(self) -> int:
         return 0 if self.trainer is None else self.trainer.current_epoch
@@ -93,13 +97,21 @@ class Clouds(lightning.LightningDataModule):
             sampler=EpochSampler(len(self.train_set), self.seed, self._epoch),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            drop_last=len(self.train_set) > self.batch_size,
+            drop_last=len(self.train_set) >= self.batch_size * self._processes,
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        # Lightning's own sampler would pad the shares of the processes and count clouds twice
+        sampler = None
+        if self._processes > 1 and self.trainer is not None:
+            rank = self.trainer.global_rank
+            sampler = UnrepeatedDistributedSampler(
+                self.val_set, num_replicas=self._processes, rank=rank, shuffle=False
+            )
         return DataLoader(
             self.val_set,  # type: ignore[arg-type]
             self.eval_batch_size,
+            sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from pointcanon.errors import DataError, UsageError
+from pointcanon.errors import DataError, PointcanonError, UsageError
 from pointcanon.train.callbacks import SaveBest
 from pointcanon.train.data import Clouds
 from pointcanon.train.task import CloudTask
@@ -72,27 +72,33 @@ class _CLI(LightningCLI):
             default=None,
             help="stop after so many validations without a better accuracy",
         )
-        parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
-        parser.link_arguments(
-            "data.coordinate_frame", "model.coordinate_frame", apply_on="instantiate"
-        )
+        parser.link_arguments("data.train_set", "model.dataset", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         self.folder = Path(self.config.output)
         _check_folder(self.folder, self.config.resume)
-        checkpoints = ModelCheckpoint(
-            dirpath=self.folder, filename="last", save_top_k=1, enable_version_counter=False
-        )
         # the best model is written before the state, so that a resumed run knows what is on disk
-        callbacks: list[lightning.Callback] = [SaveBest(self.folder, self.command), checkpoints]
+        callbacks: list[lightning.Callback] = [
+            SaveBest(self.folder, self.command),
+            ModelCheckpoint(
+                dirpath=self.folder,
+                filename="last",
+                every_n_epochs=1,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
+            ),
+        ]
         if self.config.patience is not None:
             callbacks.append(
                 EarlyStopping("val/accuracy", mode="max", patience=self.config.patience)
             )
-        kwargs.setdefault("callbacks", callbacks)
-        kwargs.setdefault("logger", _loggers(self.folder))
+        asked = self.config_init.trainer
+        more = asked.callbacks or []
+        kwargs["callbacks"] = callbacks + (more if isinstance(more, list) else [more])
+        if asked.logger in (None, True):
+            kwargs["logger"] = _loggers(self.folder)
         return super().instantiate_trainer(**kwargs)
 
     command = ""
@@ -156,10 +162,18 @@ def _train(arguments: list[str]) -> Path:
         raise UsageError(" ".join(str(error).split())) from error
     cli.parser.save(cli.config, cli.folder / "config.yaml", overwrite=True, skip_validation=True)
     state = str(cli.folder / "last.ckpt") if cli.config.resume else None
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state, weights_only=False)
-    if cli.trainer.interrupted:
-        raise DataError(f"interrupted; go on with: {cli.command} --resume")
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state, weights_only=False)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        raise PointcanonError(_interrupted(cli.folder, cli.command)) from None
     return cli.folder
+
+
+def _interrupted(folder: Path, command: str) -> str:
+    if not (folder / "last.ckpt").is_file():
+        return "interrupted in the first epoch; nothing was kept"
+    again = command if command.endswith(" --resume") else f"{command} --resume"
+    return f"interrupted; go on with: {again}"
 
 
 def _resolve_recipe(argv: list[str]) -> list[str]:
@@ -176,5 +190,6 @@ def _resolve_recipe(argv: list[str]) -> list[str]:
     if recipe is None and not helped:
         raise UsageError(f"name a recipe: --config {' | '.join(recipes())}")
     if recipe is not None and not any(a.split("=")[0] == "--output" for a in argv):
-        arguments += ["--output", f"runs/{Path(recipe).stem}"]
+        # before the recipe, so that an output named in it prevails
+        arguments = ["--output", f"runs/{Path(recipe).stem}", *arguments]
     return arguments

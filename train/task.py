@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,23 +14,24 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from pointcanon import predictors
-from pointcanon.canonicalizers import Canonicalizer, Identity
-from pointcanon.coordinates import CoordinateFrame
+from pointcanon.canonicalizers import Canonicalizer, Identity, Optimized
+from pointcanon.datasets import CloudDataset
+from pointcanon.datasets.augment import Augmentation
 from pointcanon.datasets.augment import augmentation as find_augmentation
-from pointcanon.errors import CheckpointError, UsageError
+from pointcanon.errors import UsageError
+from pointcanon.eval.evaluate import check_fit
 from pointcanon.eval.protocols import pose_rotations, protocol, random_pose
 from pointcanon.losses import Refines, prior_loss, refinement_loss
 from pointcanon.model import Canonicalized
 from pointcanon.priors import Prior
+from pointcanon.rotations import product
 
 __all__ = ["CloudTask", "find_predictor"]
 
 Trained = Literal["predictor", "canonicalizer", "joint"]
 
 
-def find_predictor(
-    name: str, classes: Sequence[str], frame: CoordinateFrame, options: dict[str, Any]
-) -> nn.Module:
+def find_predictor(name: str, dataset: CloudDataset, options: dict[str, Any]) -> nn.Module:
     """A network by its registered name, freshly initialised, or else from the file of that name.
 
     Raises:
@@ -39,24 +39,14 @@ def find_predictor(
         CheckpointError: If the file cannot be used, or was trained for other data.
     """
     if name in predictors.PREDICTORS:
-        return predictors.create(name, num_classes=len(classes), **options)
+        return predictors.create(name, num_classes=len(dataset.classes), **options)
     if not Path(name).exists():
         known = ", ".join(predictors.PREDICTORS)
         raise UsageError(f"predictor {name!r} is neither a file nor one of: {known}")
     if options:
         raise UsageError(f"{name} says its own architecture; leave out predictor_options")
     predictor = predictors.load(name)
-    trained_in = getattr(predictor, "coordinate_frame", None)
-    if trained_in is not None and str(trained_in) != str(frame):
-        raise CheckpointError(
-            f"{name} was trained in the frame {trained_in}, the data is {frame}: "
-            f"convert it with --data.coordinate_frame {trained_in}"
-        )
-    known_classes = getattr(predictor, "classes", None)
-    if known_classes is not None and list(known_classes) != list(classes):
-        raise CheckpointError(
-            f"{name} knows {len(known_classes)} classes, the data has {len(classes)} or others"
-        )
+    check_fit(predictor, dataset)
     return predictor
 
 
@@ -68,7 +58,7 @@ class CloudTask(lightning.LightningModule):
     only, prior-regularised both; the second alone never runs the predictor while training.
 
     Args:
-        predictor: A registered name, or a checkpoint to start from.
+        predictor: A registered name, or the file of a checkpoint to start from.
         canonicalizer: None trains the predictor as it is.
         trained: Which of the two learns; the other is frozen, in evaluation mode.
         prior: Over the poses of the predictor's training data.
@@ -77,7 +67,8 @@ class CloudTask(lightning.LightningModule):
         refinement_weight: Of the refinement loss, for a canonicalizer that refines.
         task_weight: Of the cross-entropy.
         protocol: Train and test poses, such as ``z/SO3``.
-        augmentation: A name of :data:`pointcanon.datasets.augment.AUGMENTATIONS`.
+        augmentation: Of the clouds, before they are turned; or the name of one of
+            :data:`pointcanon.datasets.augment.AUGMENTATIONS`.
         label_smoothing: Of the cross-entropy.
         optimizer: ``adamw``, or ``sgd`` with momentum 0.9.
         learning_rate: At its highest.
@@ -86,8 +77,8 @@ class CloudTask(lightning.LightningModule):
         final_rate: Share of the learning rate that is left at the end.
         predictor_options: Hyper-parameters of a predictor that is created by name.
         seed: Of poses, augmentation, and everything random in a step.
-        classes: Of the data; the command line fills it in.
-        coordinate_frame: Of the data; the command line fills it in.
+        dataset: The :class:`~pointcanon.datasets.CloudDataset` that is trained on; the command line
+            fills it in (untyped, because its parser takes protocols for configurable classes).
     """
 
     def __init__(
@@ -101,7 +92,7 @@ class CloudTask(lightning.LightningModule):
         refinement_weight: float = 0.0,
         task_weight: float = 1.0,
         protocol: str = "I/SO3",
-        augmentation: str = "none",
+        augmentation: str | Augmentation = "none",
         label_smoothing: float = 0.0,
         optimizer: Literal["adamw", "sgd"] = "adamw",
         learning_rate: float = 1e-3,
@@ -111,32 +102,29 @@ class CloudTask(lightning.LightningModule):
         predictor_options: dict[str, Any] | None = None,
         seed: int = 0,
         *,
-        classes: Sequence[str],
-        coordinate_frame: CoordinateFrame,
+        dataset: Any,
     ) -> None:
         super().__init__()
-        frame = coordinate_frame
         if trained == "canonicalizer" and predictor in predictors.PREDICTORS:
             raise UsageError(
                 f"a canonicalizer is trained for a predictor that is trained already, and "
                 f"{predictor!r} is a new one: give a checkpoint with --model.predictor FILE"
             )
-        network = find_predictor(predictor, classes, frame, predictor_options or {})
+        network = find_predictor(predictor, dataset, predictor_options or {})
         self.model = Canonicalized(network, canonicalizer or Identity())
-        self.model.classes = tuple(classes)
-        self.model.coordinate_frame = str(frame)
+        self.model.classes = tuple(dataset.classes)
+        self.model.coordinate_frame = str(dataset.coordinate_frame)
         self.trained: Trained = trained
-        frozen = {"predictor": self.model.canonicalizer, "canonicalizer": self.model.predictor}
-        self.frozen: nn.Module | None = None
-        if trained != "joint":
-            # not registered twice: the module is already the model's
-            object.__setattr__(self, "frozen", frozen[trained].requires_grad_(False))
+        if self.frozen is not None:
+            self.frozen.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise UsageError(
                 f"nothing to train: the {trained} has no parameters; choose another canonicalizer"
             )
         if prior is None and task_weight == 0:
             raise UsageError("nothing to learn from: task_weight is 0 and there is no prior")
+        if prior is None and isinstance(self.model.canonicalizer, Optimized):
+            raise UsageError("Optimized learns which candidate is right from a prior: give one")
         self.prior, self.prior_weight, self.task_weight = prior, prior_weight, task_weight
         self.outliers, self.refinement_weight = outliers, refinement_weight
         if refinement_weight > 0 and not (prior and hasattr(self.model.canonicalizer, "refine")):
@@ -149,9 +137,15 @@ class CloudTask(lightning.LightningModule):
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.weight_decay, self.warmup, self.final_rate = weight_decay, warmup, final_rate
         self.seed = seed
-        self.up_axis = frame.up_axis
-        self.accuracy = MulticlassAccuracy(len(classes), average="micro")
+        self.up_axis = dataset.coordinate_frame.up_axis
+        self.accuracy = MulticlassAccuracy(len(dataset.classes), average="micro")
         self.val_loss = MeanMetric()
+
+    @property
+    def frozen(self) -> nn.Module | None:
+        """The part that does not learn."""
+        parts = {"predictor": self.model.canonicalizer, "canonicalizer": self.model.predictor}
+        return parts.get(self.trained)
 
     def train(self, mode: bool = True) -> CloudTask:
         super().train(mode)
@@ -167,7 +161,7 @@ class CloudTask(lightning.LightningModule):
         generator = torch.Generator().manual_seed(self._step_seed(batch_idx) + 1)
         points = self.augmentation(batch["points"], generator)
         turn = random_pose(self.protocol.train, len(points), self.up_axis, generator).to(points)
-        loss = self._loss(points @ turn.mT, batch["label"], turn)
+        loss = self._loss(product(points, turn.mT), batch["label"], turn)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(points))
         return loss
 
@@ -177,7 +171,7 @@ class CloudTask(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         turn = self.val_turns[batch["index"].cpu()].to(batch["points"])
-        points = batch["points"] @ turn.mT
+        points = product(batch["points"], turn.mT)
         logits = self.model(points)
         self.accuracy(logits, batch["label"])
         self.val_loss(functional.cross_entropy(logits, batch["label"]), len(points))

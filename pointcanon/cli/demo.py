@@ -6,6 +6,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from pointcanon.errors import UsageError
+
 __all__ = ["run"]
 
 
@@ -26,6 +28,7 @@ def run(argv: list[str]) -> int:
     from pointcanon.eval.pictures import canonical_gallery
     from pointcanon.eval.report import render, write_json
 
+    _claim(options.output)
     console = Console()
     shared = ["--seed_everything", str(options.seed)]
     if options.epochs is not None:
@@ -51,10 +54,20 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+MARK = "made-by-pointcanon-demo"
+
+
+def _claim(folder: Path) -> None:
+    """Empty what an earlier demo left; refuse a folder that holds anything else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise UsageError(f"{folder} holds other files; choose another --output for the demo")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+
+
 def _train(recipe: str, folder: Path, options: list[str]) -> Path:
-    """Train a recipe anew in ``folder``; the best checkpoint."""
+    """Train a recipe in ``folder``; the best checkpoint."""
     from pointcanon.train.run import train
 
-    # a demo starts from nothing each time; only what an earlier demo left is removed
-    shutil.rmtree(folder, ignore_errors=True)
     return train(["--config", recipe, "--output", str(folder), *options]) / "best.safetensors"
