@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pointcanon.datasets.modelnet_layouts import Layout, Ref, layouts_at
+from pointcanon.datasets.modelnet_layouts import Layout, Ref, layouts_at, require_layout
 from pointcanon.errors import DataError
 
 if TYPE_CHECKING:
@@ -117,12 +117,15 @@ def check(root: str | Path, layout: str | None = None) -> DataReport:
 
     Raises:
         DataError: If there is nothing to check, or more than one thing.
+        InputError: On an unknown layout.
     """
+    require_layout(layout)
     found = layouts_at(root)
     usable = [reader for reader in found if layout in (None, reader.name)]
     if len(usable) != 1:
         there = ", ".join(f"{reader.folder} ({reader.name})" for reader in found)
-        raise DataError(f"data root {root} holds {there}; give one of these folders")
+        asked = "" if layout is None else f", not one layout {layout!r}"
+        raise DataError(f"data root {root} holds {there}{asked}; give one of these folders")
     return _check(usable[0])
 
 

@@ -15,12 +15,12 @@ from pointcanon.coordinates import CoordinateFrame, convert
 from pointcanon.coordinates import coordinate_frame as frame_named
 from pointcanon.datasets import CloudItem
 from pointcanon.datasets.modelnet_layouts import (
-    LAYOUTS,
     MODELNET10_CLASSES,
     MODELNET40_CLASSES,
     Layout,
     Ref,
     layouts_at,
+    require_layout,
 )
 from pointcanon.datasets.split import stratified_split
 from pointcanon.errors import DataError, InputError
@@ -92,6 +92,7 @@ class ModelNet40(Dataset[CloudItem]):
             raise InputError(f"num_points is {num_points}; choose at least 1")
         if missing not in ("raise", "warn"):
             raise InputError(f"missing is {missing!r}; choose 'raise' or 'warn'")
+        require_layout(layout)
         self._reader = _choose(layouts_at(root, cache), root, layout, self.name, self.class_names)
         self.split = split
         self.num_points = num_points
@@ -165,8 +166,6 @@ def _choose(
     found: list[Layout], root: str | Path, layout: str | None, name: str, classes: tuple[str, ...]
 ) -> Layout:
     """The one layout among those found that ``name`` is to be read from."""
-    if layout is not None and layout not in LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}; choose one of: {', '.join(LAYOUTS)}")
     there = ", ".join(f"{f.folder} ({f.name}, {len(f.classes)} classes)" for f in found)
     usable = [f for f in found if layout in (None, f.name) and set(classes) <= set(f.classes)]
     exact = [f for f in usable if set(classes) == set(f.classes)] or usable

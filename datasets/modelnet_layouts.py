@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ import torch
 
 from pointcanon.clouds import normalise
 from pointcanon.errors import DataError, InputError
+from pointcanon.files import atomic_write
 
 if TYPE_CHECKING:
     import h5py
@@ -46,6 +46,7 @@ __all__ = [
     "Ref",
     "TxtLayout",
     "layouts_at",
+    "require_layout",
 ]
 
 MODELNET40_CLASSES: tuple[str, ...] = (
@@ -312,7 +313,7 @@ class OffLayout(Layout):
             pass  # not there yet, or damaged: made anew below
         seed = int.from_bytes(blake2b(inside.as_posix().encode(), digest_size=8).digest(), "little")
         points, normals = _sample_surface(path, count, seed)
-        _write_atomically(entry, points=points, normals=normals, stamp=stamp)
+        _keep(entry, points=points, normals=normals, stamp=stamp)
         return points, normals
 
 
@@ -327,22 +328,15 @@ def _cache_folder(folder: Path, cache: Path | None) -> Path:
     return base / "pointcanon" / f"{folder.name}-{which}"
 
 
-def _write_atomically(entry: Path, **arrays: np.ndarray) -> None:
-    """Write an npz so that a reader in another process sees all of it or none."""
+def _keep(entry: Path, **arrays: np.ndarray) -> None:
+    """Write an npz that loaders in other processes may be looking for."""
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)  # type: ignore[arg-type]
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=entry.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(name, entry)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
+        atomic_write(entry, packed.getvalue())
+    except DataError as error:
         raise DataError(
-            f"surface samples cannot be kept in {entry.parent} ({error.strerror}); "
-            "pass cache=, a folder that can be written"
+            f"surface samples cannot be kept ({error}): pass cache=, a folder that can be written"
         ) from error
 
 
@@ -499,6 +493,16 @@ _OTHERS = {
     "main_split": "ScanObjectNN",
     "main_split_nobg": "ScanObjectNN",
 }
+
+
+def require_layout(name: str | None) -> None:
+    """Refuse the name of a layout that there is not; None means any.
+
+    Raises:
+        InputError: Naming those there are.
+    """
+    if name is not None and name not in LAYOUTS:
+        raise InputError(f"unknown layout {name!r}; choose one of: {', '.join(LAYOUTS)}")
 
 
 def layouts_at(root: str | Path, cache: str | Path | None = None) -> list[Layout]:

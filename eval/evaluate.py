@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -237,7 +238,7 @@ def evaluate(
         num_workers: Processes that read the data; 0 reads here.
         limit: Use this many clouds, spread evenly over the data set, each turned as it is in the
             whole.
-        progress: Show a bar on standard error.
+        progress: Show a bar on standard error, where that is a terminal.
 
     Raises:
         CheckpointError: If the model was trained in another coordinate frame or on other classes.
@@ -249,6 +250,8 @@ def evaluate(
     seeds = _checked_seeds(seeds) if protocol.test != "I" else ()
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; choose at least 1")
+    if num_workers < 0:
+        raise InputError(f"num_workers is {num_workers}; choose 0, which reads here, or more")
     chosen = chosen_clouds(dataset, limit)
     check_fit(model, dataset)
     if not isinstance(model, Canonicalized):
@@ -262,8 +265,8 @@ def evaluate(
         num_workers=num_workers,
         generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
     )
-    with _evaluating(model, device) as like:
-        walk = _walk(model, _shown(loader, progress), turns, like, len(classes))
+    with _evaluating(model, device) as like, _shown(loader, progress) as batches:
+        walk = _walk(model, batches, turns, like, len(classes))
     found, label = walk.model, walk.label
     return Evaluation(
         dataset=dataset.name,
@@ -299,8 +302,12 @@ def check_fit(model: nn.Module, dataset: CloudDataset) -> None:
         else:
             place = next(i for i, name in enumerate(names) if name != theirs[i])
             difference = f"{names[place]!r} as class {place}, {dataset.name} has {theirs[place]!r}"
+        raise CheckpointError(f"the model was trained with {difference}: use it with its own data")
+    outputs = getattr(model, "num_classes", None)
+    if outputs is not None and outputs != len(theirs):
         raise CheckpointError(
-            f"the model was trained with {difference}: evaluate it on its own data"
+            f"the model has {outputs} outputs, {dataset.name} has {len(theirs)} classes: "
+            "use it with its own data"
         )
     trained, found = getattr(model, "coordinate_frame", None), dataset.coordinate_frame
     if trained is not None and coordinate_frame(trained) != found:
@@ -412,13 +419,17 @@ def _evaluating(model: nn.Module, device: torch.device | str | None) -> Iterator
             module.training = training
 
 
-def _shown(loader: DataLoader[Any], progress: bool) -> Iterable[dict[str, Tensor]]:
-    if not progress:
-        return loader
+@contextmanager
+def _shown(loader: DataLoader[Any], progress: bool) -> Iterator[Iterable[dict[str, Tensor]]]:
+    """The batches, with a bar where a person looks on."""
+    if not (progress and sys.stderr.isatty()):
+        yield loader
+        return
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    return track(loader, "evaluating", console=Console(stderr=True), transient=True)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        yield bar.track(loader, description="evaluating")
 
 
 def _turned(batch: dict[str, Tensor], turn: Tensor, like: Tensor) -> dict[str, Tensor]:

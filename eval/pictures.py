@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from pointcanon.canonicalizers import Identity
 from pointcanon.coordinates import CoordinateFrame, convert
-from pointcanon.errors import InputError, UsageError
+from pointcanon.errors import InputError
 from pointcanon.eval.protocols import Protocol, pose_rotations
 from pointcanon.eval.protocols import protocol as protocol_named
+from pointcanon.files import atomic_write
 from pointcanon.model import Canonicalized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from pointcanon.datasets import CloudDataset
 
@@ -55,7 +55,7 @@ def gallery(
 
     Raises:
         InputError: If there are no clouds, their numbers differ, or a cloud cannot be drawn.
-        UsageError: If the file cannot be written.
+        DataError: If the file cannot be written.
     """
     columns = len(titles)
     if not columns or not len(points_before) == len(points_after) == columns:
@@ -84,7 +84,9 @@ def gallery(
     for row_of_panels, texts in zip(panels, notes or (), strict=False):
         for panel, text in zip(row_of_panels, texts, strict=True):
             panel.set_xlabel(text, fontsize=8)
-    _save(figure, Path(path))
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    atomic_write(path, image.getvalue())
 
 
 def canonical_gallery(
@@ -109,8 +111,9 @@ def canonical_gallery(
         count: Clouds; fewer where the data set is smaller.
 
     Raises:
+        DataError: If the file cannot be written.
         InputError: If ``count`` < 1.
-        UsageError: On an unknown protocol, or a file that cannot be written.
+        UsageError: On an unknown protocol.
     """
     pose = protocol_named(protocol).test
     chosen = _of_many_classes(dataset, count)
@@ -196,16 +199,3 @@ def _eye() -> Tensor:
     )
     right = torch.tensor([-math.sin(azimuth), math.cos(azimuth), 0.0], dtype=torch.float64)
     return torch.stack((right, torch.linalg.cross(towards, right), towards))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(temporary, format="png")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error}; name another file") from error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pointcanon.errors import UsageError
 from pointcanon.eval.evaluate import Evaluation, Scores, Trials
 from pointcanon.eval.protocols import POSES
+from pointcanon.files import atomic_write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,20 +71,9 @@ def write_json(evaluation: Evaluation, path: str | Path) -> None:
     """Write :func:`to_json` to ``path``, atomically: the old file or the new, whole.
 
     Raises:
-        UsageError: If the file cannot be written.
+        DataError: If the file cannot be written.
     """
-    path = Path(path)
-    text = json.dumps(to_json(evaluation), indent=2, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error}; name another file") from error
+    atomic_write(path, json.dumps(to_json(evaluation), indent=2, allow_nan=False) + "\n")
 
 
 def render(evaluation: Evaluation, console: Console) -> None:

@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pointcanon import (
     canonicalizers,
     coordinates,
@@ -27,6 +30,11 @@ from pointcanon.errors import (
 from pointcanon.frames import Frames
 from pointcanon.model import Canonicalized, Prediction, load
 
+if TYPE_CHECKING:
+    from pointcanon import datasets as datasets
+    from pointcanon import eval as eval
+    from pointcanon import train as train
+
 __all__ = [
     "Canonicalized",
     "CheckpointError",
@@ -46,3 +54,16 @@ __all__ = [
     "rotations",
     "testing",
 ]
+
+_UPPER_FLOORS = ("datasets", "train", "eval")
+"""Subpackages that are imported when they are first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _UPPER_FLOORS:
+        return import_module(f"pointcanon.{name}")
+    raise AttributeError(f"module 'pointcanon' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_UPPER_FLOORS})

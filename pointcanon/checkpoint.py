@@ -23,7 +23,6 @@ this table only; they cannot name modules to import or code to run.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -32,11 +31,12 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from pointcanon.coordinates import COORDINATE_FRAMES
 from pointcanon.errors import CheckpointError
+from pointcanon.files import atomic_write
 
 __all__ = [
     "Card",
@@ -154,7 +154,7 @@ def build(architecture: Mapping[str, Any]) -> nn.Module:
     arguments = {key: _from_json(item) for key, item in architecture["hyperparameters"].items()}
     try:
         return _CLASSES[name](**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise CheckpointError(
             f"{name} refuses the hyper-parameters {arguments}: {error}"
         ) from error
@@ -179,25 +179,15 @@ def save(path: str | Path, module: nn.Module, card: Card) -> None:
         card: Its architecture and version are filled in here.
 
     Raises:
-        CheckpointError: If the module cannot be described, a field of the card is not valid, or
-            the file cannot be written.
+        CheckpointError: If the module cannot be described, or a field of the card is not valid.
+        DataError: If the file cannot be written.
     """
-    path = Path(path)
     card = replace(card, architecture=describe(module), pointcanon_version=version("pointcanon"))
     _check_card(card, path)
     metadata = {"format": "pt", CARD_KEY: json.dumps(asdict(card), allow_nan=False)}
     # clones, because safetensors refuses tensors that share memory
     state = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(state, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+    atomic_write(path, to_bytes(state, metadata=metadata))
 
 
 def is_safetensors(path: str | Path) -> bool:

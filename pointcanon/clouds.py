@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pointcanon.errors import InputError
 
-__all__ = ["centroid", "check_cloud", "normalise", "radius"]
+__all__ = ["centroid", "check_cloud", "normalise", "radius", "unit_scale"]
 
 
 def check_cloud(points: Tensor, mask: Tensor | None = None, **vectors: Tensor | None) -> None:
@@ -107,6 +107,21 @@ def radius(points: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         points = torch.where(mask[..., None], points, points.new_zeros(()))
     return points.norm(dim=-1).amax(dim=1)
+
+
+def unit_scale(points: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Divide each cloud by the root mean square distance of its points from the origin.
+
+    Sizes from the smallest normal number to the largest are brought to 1, since no square of a
+    coordinate is taken before the largest is 1. A cloud at the origin stays there; padded points
+    come out there.
+    """
+    if mask is not None:
+        points = torch.where(mask[..., None], points, points.new_zeros(()))
+    largest = points.detach().abs().amax(dim=(1, 2), keepdim=True)
+    points = points / torch.where(largest > 0, largest, torch.ones_like(largest))
+    power = centroid(points.square(), mask).sum(dim=-1)[:, None, None]
+    return points * torch.where(power > 0, power, torch.ones_like(power)).rsqrt()
 
 
 def normalise(points: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ class Refines(Protocol):
 
     def refine(self, points: Tensor, frames: Frames, mask: Tensor | None = None) -> Frames:
         """Nearer frames of the same clouds, one for each that was given."""
+        ...
 
 
 def prior_loss(

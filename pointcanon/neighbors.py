@@ -264,9 +264,9 @@ def _tree_query(cloud: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndar
         tree = kdtree.KDTree(np.ascontiguousarray(cloud))
         distances, index = tree.query(np.ascontiguousarray(queries), k=k, sqr_dists=True)
     else:
-        from scipy.spatial import cKDTree
+        from scipy.spatial import KDTree
 
-        distances, index = cKDTree(cloud).query(queries, k=k)
+        distances, index = KDTree(cloud).query(queries, k=k)
     return distances.reshape(-1, k), index.reshape(-1, k).astype(np.int64)
 
 

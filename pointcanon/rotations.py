@@ -82,7 +82,9 @@ def svd_project(matrices: Tensor) -> Tensor:
     unit = matrices / torch.where(usable, size, torch.ones_like(size))
     eye = torch.eye(3, dtype=matrices.dtype, device=matrices.device)
     unit = torch.where(usable, unit, unit + eye)
-    return roma.special_procrustes(unit, method="svd")
+    rotation = roma.special_procrustes(unit, method="svd")
+    assert isinstance(rotation, Tensor)  # a pair only where singular values are asked for
+    return rotation
 
 
 def near_singular(vectors: Tensor, size: Tensor | float, columns: int = 2) -> Tensor:
@@ -135,8 +137,17 @@ def random_about_axis(
 
 
 def about_axis(axis: Tensor, angle: Tensor) -> Tensor:
-    """Rotation by ``angle (...)`` in radians about ``axis (..., 3)``, right-handed."""
-    unit = axis / axis.norm(dim=-1, keepdim=True)
+    """Rotation by ``angle (...)`` in radians about ``axis (..., 3)``, right-handed.
+
+    Raises:
+        InputError: If an axis is zero or not finite.
+    """
+    size = axis.detach().abs().amax(dim=-1, keepdim=True)
+    # a check of values would break the graph
+    if not torch.compiler.is_compiling() and not bool(((size > 0) & size.isfinite()).all()):
+        raise InputError("a rotation axis is zero or not finite; give a vector with a direction")
+    unit = axis / size  # its squares neither overflow nor vanish
+    unit = unit / unit.norm(dim=-1, keepdim=True)
     return roma.rotvec_to_rotmat(unit * angle[..., None])
 
 
@@ -212,7 +223,8 @@ def group(
         axis: ``(3,)`` axis of a cyclic group; the default is z.
 
     Raises:
-        InputError: For any other name, or an axis for a group that is not cyclic.
+        InputError: For any other name, an axis for a group that is not cyclic, or an axis without
+            direction.
     """
     elements = _group_float64(name)
     if axis is not None:

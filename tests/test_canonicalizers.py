@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from pointcanon import checkpoint, rotations, testing
-from pointcanon.canonicalizers import CANONICALIZERS, PCA, Canonicalizer, Identity
+from pointcanon.canonicalizers import (
+    CANONICALIZERS,
+    PCA,
+    Canonicalizer,
+    Identity,
+    Optimized,
+    VectorNeuron,
+)
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
 from pointcanon.losses import prior_loss
@@ -286,6 +293,80 @@ def test_weights_of_another_dtype_or_device_are_named(case: str) -> None:
         module(generic(2, dtype=torch.float64))
     with pytest.raises(InputError, match="meta"):
         module.to("meta")(generic(2))
+
+
+@equivariant
+@pytest.mark.parametrize(
+    ("dtype", "factors"),
+    [(torch.float32, (1e-22, 1e22)), (torch.float64, (1e-160, 1e160))],
+    ids=["f32", "f64"],
+)
+def test_extreme_sizes_do_not_matter(
+    case: str, dtype: torch.dtype, factors: tuple[float, ...]
+) -> None:
+    testing.assert_scale_invariant(build(case, dtype), generic(16, dtype=dtype), factors=factors)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0}, "keep is 0; choose at least 1"),
+        ({"steps": -1}, "steps is -1; choose at least 0"),
+        ({"train_points": 0}, "train_points is 0; choose at least 1"),
+        ({"scorer_widths": (32,)}, r"widths is \(32,\); give at least two"),
+        ({"refiner_widths": (32, 0)}, r"widths is \(32, 0\)"),
+    ],
+)
+def test_optimized_refuses_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Optimized(**options)
+
+
+def test_pca_has_1_4_or_24_poses() -> None:
+    with pytest.raises(InputError, match="poses is 7; choose 1, 4 or 24"):
+        PCA(7)  # type: ignore[arg-type]
+
+
+class Recorder(Canonicalizer):
+    """Proposes two poses, the second at given odds, and keeps what it was shown."""
+
+    def __init__(self, odds: float = 1.0) -> None:
+        super().__init__()
+        self.odds = odds
+
+    def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
+        self.seen = points, mask, normals
+        turns = rotations.group("C2", points.dtype).expand(len(points), 2, 3, 3)
+        weights = torch.tensor([1.0, self.odds]).log().to(points).expand(len(points), 2)
+        return Frames.of(turns, weights)
+
+
+def test_optimized_trains_on_points_with_their_own_normals() -> None:
+    points = generic(4, 40)
+    points = points - points.mean(dim=1, keepdim=True)
+    mask = torch.arange(40) < torch.tensor([[40], [30], [20], [5]])
+    proposal = Recorder()
+    Optimized(proposal, train_points=16, **SMALL).train()(points, None, 2 * points)
+    shown, _, normals = proposal.seen
+    assert shown.shape == (4, 16, 3)
+    torch.testing.assert_close(normals, 2 * shown, atol=1e-5, rtol=0)
+    Optimized(proposal, train_points=16, **SMALL).train()(points, mask, torch.ones_like(points))
+    _, chosen, normals = proposal.seen
+    assert chosen.sum(dim=1).tolist() == [16, 16, 16, 5]
+    assert torch.equal(normals, chosen[..., None].expand(4, 16, 3).float())
+    learned = Optimized(VectorNeuron(normals=True), train_points=16, **SMALL).train()
+    testing.assert_proper(learned(points, mask, points))
+
+
+def test_optimized_weighs_with_the_odds_of_its_proposals() -> None:
+    points = generic(5)
+    torch.manual_seed(0)
+    even = Optimized(Recorder(), **SMALL).eval()
+    uneven = Optimized(Recorder(odds=9.0), **SMALL).eval()
+    uneven.load_state_dict(even.state_dict())
+    first, second = (module(points).stages[0].log_weights for module in (even, uneven))
+    raised = (second - first).diff(dim=1)
+    torch.testing.assert_close(raised, torch.full((5, 1), 9.0).log(), atol=1e-5, rtol=0)
 
 
 def test_identity_leaves_clouds_untouched() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from pointcanon import checkpoint, predictors
 from pointcanon.checkpoint import CARD_KEY, Card
-from pointcanon.errors import CheckpointError
+from pointcanon.errors import CheckpointError, DataError
 from pointcanon.predictors import DGCNN, PointNet
 
 CARD = Card(
@@ -135,19 +135,20 @@ def test_an_interrupted_save_leaves_the_old_file(
 ) -> None:
     before = saved.read_bytes()
 
-    def fail(tensors: object, filename: Path, metadata: object) -> None:
-        Path(filename).write_bytes(b"half of it")
+    def fail(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:9])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(CheckpointError, match=r"cannot write .*net\.safetensors.*no space"):
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(DataError, match=r"cannot write .*net\.safetensors.*no space"):
         checkpoint.save(saved, small(), CARD)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == ["net.safetensors"]
 
 
 def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot write .*net\.safetensors/inside"):
+    with pytest.raises(DataError, match=r"cannot write .*net\.safetensors/inside"):
         checkpoint.save(saved / "inside", small(), CARD)
 
 
@@ -175,6 +176,7 @@ def test_weights_of_another_architecture_are_refused(saved: Path) -> None:
         ({"class": "os.system", "hyperparameters": {"command": "true"}}, "unknown architecture"),
         ({"class": "PointNet", "hyperparameters": {"classes": 2}}, "refuses"),
         ({"class": "PointNet", "hyperparameters": {"num_classes": -1}}, "refuses"),
+        ({"class": "PCA", "hyperparameters": {"poses": 7}}, "refuses .*choose 1, 4 or 24"),
         ({"class": "PointNet"}, "not the description"),
         ({"class": [], "hyperparameters": {}}, "unknown architecture"),
     ],

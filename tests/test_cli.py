@@ -87,9 +87,7 @@ def test_info_prints_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_data_list_names_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "list"]) == 0
-    assert {"modelnet40", "modelnet10", "parametric-shapes"} <= set(
-        capsys.readouterr().out.split()
-    )
+    assert {"modelnet40", "modelnet10", "parametric-shapes"} <= set(capsys.readouterr().out.split())
 
 
 def test_data_check_of_the_real_data(real_data: Path, tmp_path: Path) -> None:

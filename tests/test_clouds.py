@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pointcanon.clouds import centroid, check_cloud, normalise, radius
+from pointcanon.clouds import centroid, check_cloud, normalise, radius, unit_scale
 from pointcanon.errors import InputError
 
 GARBAGE = [0.0, 1e30, torch.nan, torch.inf, -torch.inf]
@@ -115,6 +115,34 @@ def test_normalised_clouds_are_centred_in_the_unit_ball() -> None:
 def test_coincident_points_normalise_to_the_origin_with_a_finite_gradient() -> None:
     points = torch.ones(1, 5, 3, requires_grad=True)
     unit = normalise(points)
+    assert not unit.any()
+    unit.sum().backward()
+    assert torch.isfinite(points.grad).all()
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_unit_scale_is_that_of_the_real_points(garbage: float) -> None:
+    points, wide = padded(garbage)
+    mask = torch.arange(wide.shape[1]).expand(2, -1) < points.shape[1]
+    unit = unit_scale(points)
+    size = unit.square().sum(dim=-1).mean(dim=1)
+    torch.testing.assert_close(size, torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(unit_scale(wide, mask)[mask], unit.flatten(0, 1))
+    assert not unit_scale(wide, mask)[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [(torch.float32, (1e-37, 1e37)), (torch.float64, (1e-300, 1e160))]
+)
+def test_unit_scale_of_every_size(dtype: torch.dtype, sizes: tuple[float, ...]) -> None:
+    points = padded(0.0)[0].to(dtype)
+    for size in sizes:
+        torch.testing.assert_close(unit_scale(size * points), unit_scale(points))
+
+
+def test_unit_scale_leaves_a_cloud_at_the_origin_with_a_finite_gradient() -> None:
+    points = torch.zeros(1, 5, 3, requires_grad=True)
+    unit = unit_scale(points)
     assert not unit.any()
     unit.sum().backward()
     assert torch.isfinite(points.grad).all()

@@ -354,8 +354,10 @@ def test_other_classes_are_refused(boxes: Boxes) -> None:
     with pytest.raises(CheckpointError, match="2 classes, Boxes has 4"):
         evaluate(network, boxes, "I/SO3")
     nameless = predictors.create("pointnet", num_classes=3, widths=(8, 8), embedding=16)
-    with pytest.raises(CheckpointError, match=r"\(9, 3\) for 9 clouds of 4 classes"):
+    with pytest.raises(CheckpointError, match="3 outputs, Boxes has 4 classes"):
         evaluate(nameless, boxes, "I/SO3")
+    with pytest.raises(CheckpointError, match=r"\(9, 3\) for 9 clouds of 4 classes"):
+        evaluate(Canonicalized(nameless, PCA(4)), boxes, "I/SO3")
 
 
 def test_arguments_that_cannot_be_met_are_refused(boxes: Boxes) -> None:
@@ -364,6 +366,8 @@ def test_arguments_that_cannot_be_met_are_refused(boxes: Boxes) -> None:
             evaluate(Longest(), boxes, "I/SO3", seeds=seeds)
     with pytest.raises(InputError, match="batch_size is 0"):
         evaluate(Longest(), boxes, "I/SO3", batch_size=0)
+    with pytest.raises(InputError, match="num_workers is -1"):
+        evaluate(Longest(), boxes, "I/SO3", num_workers=-1)
     with pytest.raises(InputError, match="limit is 0"):
         evaluate(Longest(), boxes, "I/SO3", limit=0)
     with pytest.raises(DataError, match="Boxes holds no clouds"):
@@ -438,7 +442,7 @@ def test_a_report_that_fails_to_be_written_leaves_the_old_one(
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(UsageError, match=r"report\.json: disk full"):
+    with pytest.raises(DataError, match=r"report\.json: disk full"):
         write_json(evaluation, file)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
@@ -509,7 +513,7 @@ def test_pictures_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
         gallery([cloud.mT], [cloud], ["a"], file)
     with pytest.raises(InputError, match="NaN or infinite"):
         gallery([cloud / 0], [cloud], ["a"], file)
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot write"):
         gallery([cloud], [cloud], ["a"], Path("/dev/null/picture.png"))
     assert not list(tmp_path.iterdir())
 
@@ -608,8 +612,8 @@ BAD = {
     "bad seeds": (["{robust}", "--protocol", "I/SO3", "--seeds", "one"], 2, "--seeds is 'one'"),
     "same seeds": (
         ["{robust}", "--protocol", "I/SO3", "--seeds", "1,1", *SHAPES_DATA],
-        1,
-        "seeds is [1, 1]",
+        2,
+        "--seeds is '1,1'",
     ),
     "unknown data": (["{robust}", "--protocol", "I/I", "--data.name", "x"], 2, "data set 'x'"),
     "no root": (["{robust}", "--protocol", "I/I"], 2, "data.root"),
@@ -620,12 +624,12 @@ BAD = {
     ),
     "unknown split": (
         ["{robust}", "--protocol", "I/I", *SHAPES_DATA, "--data.split", "exam"],
-        1,
+        2,
         "unknown split 'exam'",
     ),
     "unknown frame": (
         ["{robust}", "--protocol", "I/I", *SHAPES_DATA, "--data.coordinate_frame", "x-up"],
-        1,
+        2,
         "unknown coordinate frame 'x-up'",
     ),
     "no file": (["none.safetensors", "--protocol", "I/I"], 1, "no file none.safetensors"),
@@ -635,6 +639,13 @@ BAD = {
         2,
         "--device abacus",
     ),
+    "no clouds": (["{robust}", "--protocol", "I/I", "--limit", "0"], 2, "limit"),
+    "fewer than no workers": (
+        ["{robust}", "--protocol", "I/I", "--num_workers=-1"],
+        2,
+        "num_workers",
+    ),
+    "negative seed": (["{robust}", "--protocol", "I/I", "--seeds=-1"], 2, "--seeds is '-1'"),
     "json folder": (["{robust}", "--protocol", "I/I", "--json", "{folder}"], 2, "it is a folder"),
 }
 

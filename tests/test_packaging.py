@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import pointcanon
 
 tomllib = pytest.importorskip("tomllib", reason="reads pyproject.toml; Python 3.11 has it")
 
@@ -118,6 +121,24 @@ def test_import_is_light() -> None:
     assert answer.stdout.split() == []
 
 
+def test_the_upper_floors_are_imported_when_they_are_used() -> None:
+    code = (
+        "import sys, pointcanon as pc\n"
+        "floors = [f'pointcanon.{name}' for name in ('datasets', 'train', 'eval')]\n"
+        "assert {'datasets', 'train', 'eval'} <= set(dir(pc))\n"
+        "assert not {'pointcanon.train', 'pointcanon.eval'} & set(sys.modules)\n"
+        "assert [m.__name__ for m in (pc.datasets, pc.train, pc.eval)] == floors\n"
+        "assert callable(pc.datasets.load)\n"
+        f"print(*(name for name in {NOT_AT_IMPORT!r} if name in sys.modules))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT
+    )
+    assert answer.stdout.split() == []
+    with pytest.raises(AttributeError, match="no attribute 'dataset'"):
+        pointcanon.dataset  # noqa: B018
+
+
 def test_make_and_ci_name_the_same_checks() -> None:
     targets = re.findall(r"^(\w+):", (CHECKOUT / "Makefile").read_text(), flags=re.MULTILINE)
     assert {"install", "demo", "test", "lint", "wheel", "clean"} <= set(targets)
@@ -147,3 +168,25 @@ def test_a_wheel_holds_only_the_import_package(tmp_path: Path) -> None:
     recipes = {f"pointcanon/train/recipes/{f.name}" for f in CHECKOUT.glob("train/recipes/*.yaml")}
     assert recipes
     assert recipes <= names
+    _installs_one_package(wheel, tmp_path / "installed", recipes)
+
+
+def _installs_one_package(wheel: Path, target: Path, recipes: set[str]) -> None:
+    """A package called ``datasets`` beside it would overwrite the one of Hugging Face."""
+    options = ["--no-deps", "--no-compile", "--target", str(target)]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", *options, str(wheel)], check=True
+    )
+    found = {path.name for path in target.iterdir() if path.name != "bin"}
+    assert found == {"pointcanon", f"pointcanon-{project()['version']}.dist-info"}
+    assert all((target / recipe).is_file() for recipe in recipes)
+    code = "import pointcanon.datasets, pointcanon.eval.evaluate; print(pointcanon.__file__)"
+    answer = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(target)},
+        cwd=target.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(answer.stdout.strip()) == target / "pointcanon" / "__init__.py"

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from public_formats import PublicClassifier
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pointcanon import predictors
+from pointcanon.datasets import ModelNet40
 from pointcanon.errors import CheckpointError, InputError, UsageError
+from pointcanon.eval.evaluate import evaluate
 from pointcanon.layers.pointwise import BatchNorm, PooledLinear
 from pointcanon.predictors import DGCNN, PointNet
 from pointcanon.predictors.dgcnn import EdgeConv, edge_features
@@ -244,40 +247,35 @@ def test_create_names_what_there_is() -> None:
         predictors.create("pointnot", num_classes=3)
     with pytest.raises(UsageError, match=r"'dgcnn'.*neighbours"):
         predictors.create("dgcnn", num_classes=3, neighbours=20)
+    for wrong in ({"num_classes": "three"}, {"num_classes": 3, "widths": 8}):
+        with pytest.raises(UsageError, match="'pointnet': "):
+            predictors.create("pointnet", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (PointNet, {"widths": [8], "transforms": True}, r"widths is \(8,\); give at least two"),
+        (PointNet, {"widths": (8, 0)}, r"widths is \(8, 0\)"),
+        (PointNet, {"embedding": 0}, "embedding is 0"),
+        (PointNet, {"dropout": 1.5}, r"dropout is 1\.5"),
+        (DGCNN, {"dropout": -0.1}, r"dropout is -0\.1"),
+        (DGCNN, {"embedding": -1}, "embedding is -1"),
+        (DGCNN, {"k": 0}, "k is 0; choose at least 1"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(network, options, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        network(3, **options)
+
+
+@pytest.mark.parametrize("network", [PointNet, DGCNN])
+def test_a_network_has_classes(network) -> None:
+    with pytest.raises(InputError, match="num_classes is 0"):
+        network(0)
 
 
 # ---- public checkpoints ------------------------------------------------------------------------
-
-
-class PublicFeatures(nn.Module):
-    """The layout of learning3d's feature network: convolutions of size one, (B, C, N)."""
-
-    def __init__(self, embedding: int) -> None:
-        super().__init__()
-        widths = (3, 64, 64, 64, 128, embedding)
-        for i in range(1, 6):
-            setattr(self, f"conv{i}", nn.Conv1d(widths[i - 1], widths[i], 1))
-        for i in range(1, 6):
-            setattr(self, f"bn{i}", nn.BatchNorm1d(widths[i]))
-
-    def forward(self, points: Tensor) -> Tensor:
-        features = points.mT
-        for i in range(1, 6):
-            features = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(features)).relu()
-        return features.amax(dim=-1)
-
-
-class PublicClassifier(nn.Module):
-    def __init__(self, num_classes: int, embedding: int) -> None:
-        super().__init__()
-        self.feature_model = PublicFeatures(embedding)
-        self.linear1, self.bn1 = nn.Linear(embedding, 512), nn.BatchNorm1d(512)
-        self.linear2, self.bn2 = nn.Linear(512, 256), nn.BatchNorm1d(256)
-        self.linear3 = nn.Linear(256, num_classes)
-
-    def forward(self, points: Tensor) -> Tensor:
-        code = self.bn1(self.linear1(self.feature_model(points))).relu()
-        return self.linear3(self.bn2(self.linear2(code)).relu())
 
 
 @pytest.fixture
@@ -398,21 +396,22 @@ def test_load_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
             predictors.load(tmp_path / "odd.pt")
 
 
+def test_a_training_state_is_named_as_such(tmp_path: Path) -> None:
+    state = {
+        "pytorch-lightning_version": "2.6",
+        "state_dict": {"predictor.weight": torch.zeros(2)},
+        "hyper_parameters": {"path": tmp_path},  # an object, as training states may hold
+    }
+    torch.save(state, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is a training state.*best\.safetensors"):
+        predictors.load(tmp_path / "last.ckpt")
+
+
 @pytest.mark.slow
 def test_the_real_pointnet_reaches_its_accuracy(real_data: Path) -> None:
-    import h5py
-
     network = predictors.load(real_data / "weights" / "learning3d_pointnet_modelnet40.t7")
-    points, labels = [], []
-    for file in sorted((real_data / "modelnet40_ply_hdf5_2048").glob("ply_data_test*.h5")):
-        with h5py.File(file) as data:
-            points.append(torch.from_numpy(data["data"][:, :1024]))
-            labels.append(torch.from_numpy(data["label"][:]).long().flatten())
-    truth = torch.cat(labels)
-    assert len(truth) == 2468
-    with torch.inference_mode():
-        answers = [network(clouds).argmax(dim=-1) for clouds in torch.cat(points).split(32)]
-    right = (torch.cat(answers) == truth).double()
-    by_class = torch.stack([right[truth == label].mean() for label in range(40)])
-    assert 100 * float(right.mean()) == pytest.approx(86.1, abs=0.2)
-    assert 100 * float(by_class.mean()) == pytest.approx(80.2, abs=0.2)
+    test = ModelNet40(real_data / "modelnet40_ply_hdf5_2048", "test")
+    assert len(test) == 2468
+    scores = evaluate(network, test, "I/I").trials.aligned
+    assert 100 * scores.overall_accuracy == pytest.approx(86.1, abs=0.2)
+    assert 100 * scores.mean_class_accuracy == pytest.approx(80.2, abs=0.2)

@@ -276,6 +276,21 @@ def test_unknown_groups_are_refused(name: str) -> None:
         rotations.group(name)
 
 
+@pytest.mark.parametrize("axis", [torch.zeros(3), torch.tensor([torch.nan, 0, 1])])
+def test_an_axis_has_a_direction(axis: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="rotation axis is zero or not finite"):
+        rotations.about_axis(axis, torch.ones(2))
+    with pytest.raises(InputError, match="rotation axis"):
+        rotations.group("C2", axis=axis)
+
+
+def test_the_length_of_an_axis_does_not_matter() -> None:
+    axis, angle = torch.tensor([1.0, -2.0, 0.5]), torch.tensor(0.7)
+    expected = rotations.about_axis(axis, angle)
+    for length in (1e-30, 1e30):
+        torch.testing.assert_close(rotations.about_axis(length * axis, angle), expected)
+
+
 def test_only_cyclic_groups_have_an_axis() -> None:
     with pytest.raises(InputError, match="axis"):
         rotations.group("O", axis=EYE[0])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
+from pointcanon import clouds
 from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.canonicalizers.pca import PCA
+from pointcanon.errors import InputError
 from pointcanon.frames import Frames
 from pointcanon.rotations import gram_schmidt
 
@@ -30,12 +33,17 @@ class PoseNet(nn.Module):
     distributions, and one set of running statistics could not serve them all.
 
     Args:
-        widths: Of the shared per-point layers.
+        widths: Of the shared per-point layers, at least two.
         outputs: Of the dense head, whose hidden layer is as wide as the last shared one.
+
+    Raises:
+        InputError: On fewer than two widths, or one below 1.
     """
 
     def __init__(self, widths: Sequence[int], outputs: int) -> None:
         super().__init__()
+        if len(widths) < 2 or min(widths) < 1:
+            raise InputError(f"widths is {tuple(widths)}; give at least two, each at least 1")
         layers: list[nn.Module] = []
         for before, after in zip((3, *widths[:-2]), widths[:-1], strict=True):
             layers += [nn.Linear(before, after), nn.ReLU()]
@@ -89,9 +97,12 @@ class Optimized(Canonicalizer):
         proposal: Equivariant candidates; the default is ``PCA(24)``.
         keep: Candidates that are refined and returned, heaviest first.
         steps: Times the refiner looks at each.
-        scorer_widths: Of the shared layers of the scorer.
-        refiner_widths: Of the shared layers of the refiner.
+        scorer_widths: Of the shared layers of the scorer, at least two.
+        refiner_widths: Of the shared layers of the refiner, at least two.
         train_points: Random points of each cloud seen in training; None for all.
+
+    Raises:
+        InputError: On a number that is too small.
     """
 
     def __init__(
@@ -104,6 +115,13 @@ class Optimized(Canonicalizer):
         train_points: int | None = 256,
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("keep", keep, 1),
+            ("steps", steps, 0),
+            ("train_points", train_points, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; choose at least {least}")
         self.proposal = PCA(24) if proposal is None else proposal
         self.keep, self.steps, self.train_points = keep, steps, train_points
         self.scorer_widths, self.refiner_widths = tuple(scorer_widths), tuple(refiner_widths)
@@ -125,10 +143,11 @@ class Optimized(Canonicalizer):
 
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         if self.training and self.train_points is not None:
-            points, mask = _random_points(points, mask, self.train_points)
+            index = _random_index(points, mask, self.train_points)
+            points, mask, normals = _pick(points, index), _pick(mask, index), _pick(normals, index)
         proposals = self.proposal.propose(points, mask, normals)
-        unit = points / _rms(points, mask)
-        scores = self._look(self.scorer, proposals, unit, mask)[..., 0]
+        unit = clouds.unit_scale(points, mask)
+        scores = proposals.log_weights + self._look(self.scorer, proposals, unit, mask)[..., 0]
         scored = Frames.of(proposals.rotations, scores, degenerate=proposals.degenerate)
         stages = [scored]
         frames = scored.select(self._kept(scored))
@@ -144,11 +163,10 @@ class Optimized(Canonicalizer):
         """
         centred = points - frames.centre[:, None]
         if self.training and self.train_points is not None:
-            centred, mask = _random_points(centred, mask, self.train_points)
-        if mask is not None:
-            centred = torch.where(mask[..., None], centred, centred.new_zeros(()))
+            index = _random_index(centred, mask, self.train_points)
+            centred, mask = _pick(centred, index), _pick(mask, index)
         with torch.autocast(points.device.type, enabled=False):
-            return self._refine_once(centred / _rms(centred, mask), frames, mask)
+            return self._refine_once(clouds.unit_scale(centred, mask), frames, mask)
 
     def _refine_once(self, unit: Tensor, frames: Frames, mask: Tensor | None) -> Frames:
         answer = self._look(self.refiner, frames, unit, mask)
@@ -179,18 +197,20 @@ def _near_identity(answer: Tensor) -> Tensor:
     return eye + answer.unflatten(-1, (3, 2))
 
 
-def _rms(points: Tensor, mask: Tensor | None) -> Tensor:
-    """Root mean square distance from the origin ``(B, 1, 1)``, 1 for coincident points."""
-    squared = points.square().sum(dim=-1)
-    count = points.shape[1] if mask is None else mask.sum(dim=1)
-    size = (squared.sum(dim=1) / count).sqrt()
-    return torch.where(size > 0, size, torch.ones_like(size))[:, None, None]
-
-
-def _random_points(points: Tensor, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor | None]:
+def _random_index(points: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """Which points of each cloud to keep ``(B, min(count, N))``, padding only if it must."""
     order = torch.rand(points.shape[:2], device=points.device)
     if mask is not None:
         order = order + (~mask).to(order.dtype)  # padding last
-    index = order.topk(min(count, points.shape[1]), dim=1, largest=False).indices
-    points = points.gather(1, index[..., None].expand(-1, -1, 3))
-    return points, None if mask is None else mask.gather(1, index)
+    return order.topk(min(count, points.shape[1]), dim=1, largest=False).indices
+
+
+@overload
+def _pick(values: Tensor, index: Tensor) -> Tensor: ...
+@overload
+def _pick(values: None, index: Tensor) -> None: ...
+def _pick(values: Tensor | None, index: Tensor) -> Tensor | None:
+    """Entries ``index (B, M)`` of ``values (B, N)`` or ``(B, N, 3)``."""
+    if values is None:
+        return None
+    return values[torch.arange(len(index), device=index.device)[:, None], index]

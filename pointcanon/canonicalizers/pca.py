@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pointcanon import rotations
+from pointcanon import clouds, rotations
 from pointcanon.canonicalizers.base import Canonicalizer
+from pointcanon.errors import InputError
 from pointcanon.frames import Frames
 
 __all__ = ["PCA"]
@@ -31,6 +32,9 @@ class PCA(Canonicalizer):
 
     Args:
         poses: 1 (signs by skewness), 4 (the proper sign choices) or 24 (with all axis orders).
+
+    Raises:
+        InputError: For any other number.
     """
 
     def __init__(self, poses: Literal[1, 4, 24] = 24) -> None:
@@ -42,6 +46,8 @@ class PCA(Canonicalizer):
             4: torch.diag_embed(flips.to(torch.float64)),
             24: rotations.group("O", torch.float64).round(),
         }
+        if poses not in elements:
+            raise InputError(f"poses is {poses!r}; choose 1, 4 or 24")
         self.register_buffer("elements", elements[poses], persistent=False)
 
     elements: Tensor
@@ -52,7 +58,7 @@ class PCA(Canonicalizer):
 
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         # moments in float64: the axes are as exact as the coordinates allow
-        exact = points.detach().to(torch.float64)
+        exact = clouds.unit_scale(points.detach().to(torch.float64), mask)
         covariance = exact.mT @ exact
         eigenvalues, axes = torch.linalg.eigh(covariance)
         eigenvalues, axes = eigenvalues.flip(-1), axes.flip(-1)

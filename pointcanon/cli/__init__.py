@@ -35,15 +35,21 @@ def main(argv: list[str] | None = None) -> int:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}; choose one of: {', '.join(COMMANDS)}")
         return import_module(f"pointcanon.cli.{COMMANDS[command][0]}").run(rest)
-    except UsageError as error:
-        print(f"pointcanon: {error}", file=sys.stderr)
-        return 2
     except PointcanonError as error:
-        print(f"pointcanon: {error}", file=sys.stderr)
-        return 1
+        print(f"pointcanon: {_reason(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("pointcanon: interrupted", file=sys.stderr)
         return 1
+
+
+def _reason(error: PointcanonError) -> str:
+    """The message; a process that loads data wraps its own in a traceback."""
+    text = str(error).strip()
+    if "\nOriginal Traceback" not in text:
+        return text
+    kind = type(error)
+    return text.splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
 
 
 def _usage() -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
+
+from pointcanon.cli.options import Parser
 
 __all__ = ["run"]
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="pointcanon data", description=__doc__)
+    from pointcanon.datasets.modelnet_layouts import LAYOUTS
+
+    parser = Parser(prog="pointcanon data", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     checking = actions.add_parser("check", help="layout, frame, counts, duplicates, bad files")
     checking.add_argument("--data.root", dest="root", required=True)
-    checking.add_argument("--data.layout", dest="layout", default=None)
+    checking.add_argument("--data.layout", dest="layout", choices=list(LAYOUTS))
     checking.add_argument("--json", type=Path, default=None, help="write the report here as well")
     actions.add_parser("list", help="the data sets that can be named")
     options = parser.parse_args(argv)
@@ -30,9 +33,12 @@ def _check(root: str, layout: str | None, file: Path | None) -> int:
     from rich.console import Console
 
     from pointcanon.datasets.check import check
+    from pointcanon.files import atomic_write, require_writable
 
+    if file is not None:
+        require_writable(file)
     report = check(root, layout=layout)
     report.render(Console())
     if file is not None:
-        file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        atomic_write(file, json.dumps(report.to_dict(), indent=2) + "\n")
     return 0 if report.ok else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,7 @@ def run(argv: list[str]) -> int:
     from pointcanon.eval.pictures import canonical_gallery
     from pointcanon.eval.protocols import protocol
     from pointcanon.eval.report import render, write_json
+    from pointcanon.files import require_writable
     from pointcanon.model import Canonicalized
 
     parser = _parser()
@@ -41,8 +41,9 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"{reason}; see pointcanon eval --help") from error
     chosen = protocol(options.protocol)
     # found out now rather than after an hour
-    file = None if options.json is None else _writable(options.json)
-    pictures = None if options.pictures is None else _writable(options.pictures / "gallery.png")
+    file = None if options.json is None else require_writable(options.json)
+    folder = options.pictures
+    pictures = None if folder is None else require_writable(folder / "gallery.png")
     seeds = _seeds(options.seeds)
 
     model = open_checkpoint(options.checkpoint)
@@ -74,6 +75,7 @@ def run(argv: list[str]) -> int:
 
 def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
+    from jsonargparse.typing import NonNegativeInt, PositiveInt
 
     from pointcanon.cli.options import DataOptions
 
@@ -96,8 +98,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--seeds", type=str, default="0,1,2", help="of the test rotations, such as 0,1,2"
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="clouds at once")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read the data")
+    parser.add_argument("--batch_size", type=PositiveInt, default=32, help="clouds at once")
+    parser.add_argument(
+        "--num_workers", type=NonNegativeInt, default=0, help="processes that read the data"
+    )
     parser.add_argument(
         "--device",
         type=str | None,
@@ -105,7 +109,10 @@ def _parser() -> ArgumentParser:
         help="such as cpu or cuda; cuda where there is one",
     )
     parser.add_argument(
-        "--limit", type=int | None, default=None, help="use n clouds, spread over the data set"
+        "--limit",
+        type=PositiveInt,
+        default=None,
+        help="use n clouds, spread over the data set",
     )
     parser.add_argument("--json", type=Path | None, default=None, help="write the figures here")
     parser.add_argument(
@@ -119,11 +126,14 @@ def _parser() -> ArgumentParser:
 
 def _seeds(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(seed) for seed in text.strip("[]").split(","))
+        seeds = tuple(int(seed) for seed in text.strip("[]").split(","))
     except ValueError:
+        seeds = ()
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UsageError(
-            f"--seeds is {text!r}; give whole numbers separated by commas, such as 0,1,2"
-        ) from None
+            f"--seeds is {text!r}; give different whole numbers from 0 up, such as 0,1,2"
+        )
+    return seeds
 
 
 def _device(name: str) -> torch.device:
@@ -136,15 +146,3 @@ def _device(name: str) -> torch.device:
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu"
         ) from error
     return torch.device(name)
-
-
-def _writable(path: Path) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error}; name another place") from error
-    if path.is_dir():
-        raise UsageError(f"cannot write {path}: it is a folder; name a file")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write {path}: {path.parent} is read-only; name another place")
-    return path

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 
 from pointcanon import checkpoint
+from pointcanon.cli.options import Parser
 from pointcanon.errors import CheckpointError
 
 __all__ = ["run"]
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="pointcanon info", description="the card of a checkpoint")
+    parser = Parser(prog="pointcanon info", description="the card of a checkpoint")
     parser.add_argument("file")
     file = parser.parse_args(argv).file
     card = checkpoint.read_card(file)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import nn
+
+from pointcanon.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from pointcanon.datasets import CloudDataset
 
-__all__ = ["DataOptions", "open_checkpoint"]
+__all__ = ["DataOptions", "Parser", "open_checkpoint"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the small commands: bad usage is a UsageError, reported as every other error is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 @dataclass(frozen=True)
@@ -38,16 +48,19 @@ class DataOptions:
         """The data set.
 
         Raises:
-            UsageError: On an unknown name, or an option that data set does not have.
+            UsageError: On an unknown name, or an option that data set does not have, or cannot
+                meet.
             DataError: If the root does not hold the data set.
-            InputError: On a value it cannot take.
         """
         from pointcanon import datasets
 
         options = asdict(self)
         name, root, split = (options.pop(key) for key in ("name", "root", "split"))
         given = {key: value for key, value in options.items() if value is not None}
-        return datasets.load(name, root, split, **given)
+        try:
+            return datasets.load(name, root, split, **given)
+        except InputError as error:  # all that is given here was typed by the user
+            raise UsageError(str(error)) from error
 
 
 def open_checkpoint(path: str | Path) -> nn.Module:

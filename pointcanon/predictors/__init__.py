@@ -39,7 +39,7 @@ def create(name: str, **hyperparameters: Any) -> Predictor:
         raise UsageError(f"unknown predictor {name!r}; choose one of: {', '.join(PREDICTORS)}")
     try:
         return PREDICTORS[name](**hyperparameters)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise UsageError(f"predictor {name!r}: {error}") from error
 
 

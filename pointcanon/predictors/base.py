@@ -8,8 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from pointcanon import clouds
+from pointcanon.errors import InputError
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "check_sizes"]
+
+
+def check_sizes(dropout: float, **sizes: int) -> None:
+    """Refuse hyper-parameters that no network can have.
+
+    Args:
+        dropout: A probability.
+        **sizes: Numbers of channels, classes or neighbours, by name.
+
+    Raises:
+        InputError: Naming the first.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{name} is {size}; choose at least 1")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout is {dropout}; choose a probability from 0 to below 1")
 
 
 class Predictor(nn.Module, ABC):

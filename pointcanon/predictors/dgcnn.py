@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pointcanon.errors import InputError
 from pointcanon.layers.pointwise import BatchNorm, masked_max, masked_mean
 from pointcanon.neighbors import knn
-from pointcanon.predictors.base import Predictor
+from pointcanon.predictors.base import Predictor, check_sizes
 
 __all__ = ["DGCNN"]
 
@@ -81,12 +81,16 @@ class DGCNN(Predictor):
         k: Neighbours of a point, itself among them; a smaller cloud is refused with an InputError.
         embedding: Width of the layer that is pooled, by maximum and by mean.
         dropout: After the first and the second layer of the head.
+
+    Raises:
+        InputError: On a number out of range.
     """
 
     def __init__(
         self, num_classes: int, *, k: int = 20, embedding: int = 1024, dropout: float = 0.5
     ) -> None:
         super().__init__()
+        check_sizes(dropout, num_classes=num_classes, k=k, embedding=embedding)
         self.num_classes, self.k = num_classes, k
         self.embedding, self.dropout = embedding, dropout
         self.edges = nn.ModuleList(EdgeConv(*pair, k) for pair in pairwise((3, *WIDTHS)))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pointcanon.errors import InputError
 from pointcanon.layers.pointwise import BatchNorm, PooledLinear
-from pointcanon.predictors.base import Predictor
+from pointcanon.predictors.base import Predictor, check_sizes
 
 __all__ = ["PointNet"]
 
@@ -69,6 +70,9 @@ class PointNet(Predictor):
         widths: Of the shared layers before the last, at least two.
         embedding: Width of the last shared layer, which is pooled.
         dropout: Before the second and the last layer of the head.
+
+    Raises:
+        InputError: On a number out of range.
     """
 
     def __init__(
@@ -81,6 +85,9 @@ class PointNet(Predictor):
         dropout: float = 0.3,
     ) -> None:
         super().__init__()
+        check_sizes(dropout, num_classes=num_classes, embedding=embedding)
+        if len(widths) < ALIGNED_LAYER or min(widths) < 1:
+            raise InputError(f"widths is {tuple(widths)}; give at least two, each at least 1")
         self.num_classes, self.transforms, self.widths = num_classes, transforms, tuple(widths)
         self.embedding, self.dropout = embedding, dropout
         self.align_points = AlignmentNet(3) if transforms else None

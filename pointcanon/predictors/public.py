@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ MODELNET40 = tuple(_MODELNET40.split())
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts nest the weights."""
+
+LIGHTNING_KEY = b"pytorch-lightning_version"
+"""In every training state that Lightning writes."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,21 @@ def _is_state(content: Mapping[object, object]) -> bool:
     )
 
 
+def _is_training_state(path: str | Path) -> bool:
+    """Whether Lightning wrote the file to go on from, found without unpickling anything."""
+    try:
+        with ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(LIGHTNING_KEY in archive.read(name) for name in pickles)
+    except (OSError, BadZipFile):
+        return False
+
+
 def _unpickle(path: str | Path) -> object:
+    if _is_training_state(path):
+        raise CheckpointError(
+            f"{path} is a training state, to go on from; use best.safetensors beside it"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
