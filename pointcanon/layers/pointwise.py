@@ -21,6 +21,9 @@ class BatchNorm(nn.BatchNorm1d):
             input: ``(..., C)``, finite in padded rows too.
             mask: ``(...)`` bool, broadcastable to the leading dimensions; True = a real row.
         """
+        if mask is None and input.numel() == self.num_features:
+            # torch refuses to train on a single row; here its variance is zero
+            mask = input.new_ones(input.shape[:-1], dtype=torch.bool)
         if mask is None or not self.training:
             return super().forward(input.reshape(-1, self.num_features)).reshape(input.shape)
         rows = _exact(input.reshape(-1, self.num_features))
