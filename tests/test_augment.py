@@ -97,7 +97,7 @@ def test_own_augmentation_is_used_as_it_is():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UsageError, match=r"'dgcn'.*none, dgcnn, vnn"):
+    with pytest.raises(UsageError, match=r"'dgcn'.*none, scale, pointnet, dgcnn, vnn"):
         augment.augmentation("dgcn")
 
 
