@@ -58,16 +58,19 @@ class PoseNet(nn.Module):
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(M, N, 3)`` posed clouds to ``(M, outputs)``."""
+        learning = torch.is_grad_enabled()
         with torch.no_grad():
-            values, critical = self._maximum(points, mask)
-        if torch.is_grad_enabled():
+            values, critical = self._maximum(points, mask, locate=learning)
+        if critical is not None:
             index = critical[..., None].expand(-1, -1, 3)
             features = self.shared(points.gather(1, index))
             values = (features * self.peak.weight).sum(dim=-1) + self.peak.bias
         # the activation is monotone, so it follows the maximum, on one row instead of N
         return self.head(values.relu())
 
-    def _maximum(self, points: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _maximum(
+        self, points: Tensor, mask: Tensor | None, locate: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Largest value of each channel ``(M, C)`` and the point that attains it ``(M, C)``."""
         rows = max(1, TILE // (points.shape[1] * self.peak.out_features))
         values, critical = [], []
@@ -76,10 +79,13 @@ class PoseNet(nn.Module):
             features = self.peak(self.shared(points[tile]))
             if mask is not None:
                 features = features.masked_fill(~mask[tile, :, None], -torch.inf)
-            largest = features.max(dim=1)
-            values.append(largest.values)
-            critical.append(largest.indices)
-        return torch.cat(values), torch.cat(critical)
+            if locate:
+                largest = features.max(dim=1)
+                values.append(largest.values)
+                critical.append(largest.indices)
+            else:  # several times as fast
+                values.append(features.amax(dim=1))
+        return torch.cat(values), torch.cat(critical) if locate else None
 
 
 class Optimized(Canonicalizer):
