@@ -111,6 +111,19 @@ def test_the_readme_is_true() -> None:
     torch.testing.assert_close(back, points[:, None].expand_as(back), atol=1e-5, rtol=0)
 
 
+def test_the_demo_removes_nothing_of_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "predictor").mkdir()
+    (tmp_path / "predictor" / "mine.txt").write_text("precious")
+    (tmp_path / "file").touch()
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert main(["demo", "--epochs", "many"]) == 2
+    assert capsys.readouterr().err.count("pointcanon: ") == 3
+    assert (tmp_path / "predictor" / "mine.txt").read_text() == "precious"
+
+
 @pytest.mark.slow
 def test_the_demo_ends_with_figures_and_a_picture(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
+from pointcanon.cli.options import Parser
 from pointcanon.errors import UsageError
+from pointcanon.files import require_writable
 
 __all__ = ["run"]
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="pointcanon demo", description=__doc__)
+    parser = Parser(prog="pointcanon demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here as well")
@@ -28,6 +29,8 @@ def run(argv: list[str]) -> int:
     from pointcanon.eval.pictures import canonical_gallery
     from pointcanon.eval.report import render, write_json
 
+    if options.json is not None:
+        require_writable(options.json)  # found out now rather than after the trainings
     _claim(options.output)
     console = Console()
     shared = ["--seed_everything", str(options.seed)]
@@ -59,6 +62,8 @@ MARK = "made-by-pointcanon-demo"
 
 def _claim(folder: Path) -> None:
     """Empty what an earlier demo left; refuse a folder that holds anything else."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose another --output for the demo")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise UsageError(f"{folder} holds other files; choose another --output for the demo")
     shutil.rmtree(folder, ignore_errors=True)
