@@ -132,6 +132,17 @@ class Frames:
         """The ``count`` candidates of largest weight, heaviest first (K = count)."""
         return self.select(self.log_weights.topk(min(count, self.count), dim=1).indices)
 
+    def straight_through(self) -> Frames:
+        """The heaviest candidate alone (K = 1), with a gradient to the weights of all of them.
+
+        Forward the choice is hard. Backward the choice passes as the weighted mean
+        ``sum_k w_k R_k``, the straight-through estimator, while the chosen rotation keeps its own
+        gradient. A vote over all candidates is the soft choice, forward and backward alike.
+        """
+        chosen = self.best()
+        mean = (self.weights[..., None, None] * self.rotations.detach()).sum(dim=1, keepdim=True)
+        return replace(chosen, rotations=chosen.rotations + (mean - mean.detach()))
+
     def vote(self, outputs: Tensor) -> Tensor:
         """Weighted mean over the candidates of ``outputs (B, K, ...)``, giving ``(B, ...)``."""
         weights = self.weights.to(outputs.dtype)

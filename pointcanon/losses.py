@@ -6,14 +6,22 @@ import math
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pointcanon import rotations
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
-from pointcanon.priors import Prior
+from pointcanon.priors import Prior, log_normaliser
 from pointcanon.rotations import about_axis, product
 
-__all__ = ["Refines", "prior_loss", "refinement_loss"]
+__all__ = [
+    "Refines",
+    "contrastive_loss",
+    "matrix_fisher_loss",
+    "prior_loss",
+    "quotient_loss",
+    "refinement_loss",
+]
 
 
 class Refines(Protocol):
@@ -73,7 +81,7 @@ def refinement_loss(
     prior: Prior,
     reference: Tensor | None = None,
     samples: int = 4,
-    spread: float = math.radians(75),
+    spread: float = math.radians(30),
 ) -> Tensor:
     """How well one step of refinement undoes a random turn away from the data's pose.
 
@@ -104,3 +112,100 @@ def refinement_loss(
     if reference is not None:
         poses = product(reference.mT[:, None], poses)
     return -prior.log_prob(poses).mean()
+
+
+def contrastive_loss(embeddings: Tensor) -> Tensor:
+    """How alike a network's answers to the poses of one cloud are: what keeps an orbit distinct.
+
+    Optimised canonicalization (Panigrahi & Mondal, arXiv 2405.14089) shows any network s, which
+    need not be equivariant, the cloud posed by every element of a group and takes the pose of least
+    energy, ``E_g = -cos(s(x g), v)`` with a learned vector v. That pose is unique only if the
+    answers differ, so they are pushed towards right angles,
+    ``L = mean_{g != h} |cos(s(x g), s(x h))|``, and the prior tells which one shall win::
+
+        energies = -nn.functional.cosine_similarity(embeddings, v, dim=-1)
+        frames = Frames.of(group.expand(len(points), -1, 3, 3), -beta * energies)
+        loss = contrastive_loss(embeddings) + weight * prior_loss(frames, prior, reference)
+
+    The loss is 0 only where D >= G. A network that cannot tell two poses apart, such as an
+    invariant one or any network on a cloud with a symmetry in the group, has loss 1 there.
+
+    Args:
+        embeddings: ``(B, G, D)``, of B clouds in G >= 2 poses.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        InputError: If the shape is not ``(B, G >= 2, D)``.
+    """
+    if embeddings.ndim != 3 or embeddings.shape[1] < 2:
+        shape = tuple(embeddings.shape)
+        raise InputError(f"embeddings has shape {shape}, expected (B, G, D) with G >= 2 poses")
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    unit = nn.functional.normalize(embeddings.to(dtype), dim=-1)
+    count = embeddings.shape[1]
+    pairs = torch.ones(count, count, dtype=torch.bool, device=unit.device).triu(diagonal=1)
+    return product(unit, unit.mT)[:, pairs].abs().mean()
+
+
+def quotient_loss(raw: Tensor, group: Tensor | str, reference: Tensor) -> Tensor:
+    """Squared distance to the reference pose modulo a finite group: ``min_Q |F - R Q|^2``.
+
+    A cloud that looks the same, or nearly so, after a turn Q of its canonical pose has poses R and
+    R Q that no network can tell apart, and the squared distance to one of them is least at their
+    mean, which is no pose at all. The quotient is a target that such symmetries leave alone
+    (Scarvelis et al. 2025, arXiv 2410.02101); which Q it was is for a second network to say, such
+    as the scorer of ``Optimized(Orbit(...))``.
+
+    Args:
+        raw: F, ``(..., 3, 3)``: rotations that map canonical to input, or matrices before they are
+            made rotations.
+        group: ``(G, 3, 3)``, or a name that :func:`pointcanon.rotations.group` knows.
+        reference: R, ``(..., 3, 3)``, the rotations applied to the data.
+
+    Returns:
+        The mean, a scalar.
+
+    Raises:
+        InputError: On a wrong shape or an unknown group.
+    """
+    _check_matrices(raw, reference)
+    if isinstance(group, str):
+        group = rotations.group(group)
+    targets = product(reference.to(raw)[..., None, :, :], group.to(raw))
+    squared = (raw[..., None, :, :] - targets).square().sum(dim=(-1, -2))
+    return squared.amin(dim=-1).mean()
+
+
+def matrix_fisher_loss(raw: Tensor, reference: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the reference poses, ``log c(F) - tr(F^T R)``.
+
+    The network's 3 x 3 answer F is the parameter of a matrix Fisher distribution, so it learns how
+    sure it is together with the pose (Mohlin et al. 2020, arXiv 2006.09740): the pose is F made a
+    rotation by SVD, and :func:`pointcanon.priors.confidence` says how sure. Unlike a squared
+    distance, the loss has no derivative of an SVD in it.
+
+    Args:
+        raw: F, ``(..., 3, 3)``, such as ``frames.raw[:, 0]`` of
+            ``VectorNeuron(orthonormalise="svd")``.
+        reference: R, ``(..., 3, 3)``, the rotations applied to the data.
+
+    Returns:
+        A scalar; that of a network that knows nothing, F = 0, is 0.
+
+    Raises:
+        InputError: On a wrong shape.
+    """
+    _check_matrices(raw, reference)
+    exact = raw.to(torch.float64)  # both terms grow with F and nearly cancel
+    likelihood = (exact * reference.to(exact)).sum(dim=(-1, -2)) - log_normaliser(exact)
+    return -likelihood.mean().to(torch.promote_types(raw.dtype, torch.float32))
+
+
+def _check_matrices(raw: Tensor, reference: Tensor) -> None:
+    if raw.shape[-2:] != (3, 3) or reference.shape != raw.shape:
+        raise InputError(
+            f"raw has shape {tuple(raw.shape)} and reference {tuple(reference.shape)}; both must "
+            "be the same (..., 3, 3)"
+        )

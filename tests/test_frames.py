@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pointcanon import rotations
 from pointcanon.errors import InputError
@@ -187,3 +187,22 @@ def test_frame_distance_matches_candidates_and_weights() -> None:
     reweighted = Frames.of(many.rotations, many.log_weights.flip(1))
     expected = (many.weights - many.weights.flip(1)).abs().amax(dim=1)
     torch.testing.assert_close(frame_distance(many, reweighted), expected)
+
+
+def test_straight_through_chooses_hard_and_teaches_softly() -> None:
+    scores = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=DTYPE)
+    scores.requires_grad_()
+    turns = frames().rotations.requires_grad_()
+    many = Frames.of(turns, scores)
+    probe = torch.linspace(-1, 1, 9, dtype=DTYPE).view(3, 3)
+    one = many.straight_through()
+    assert_proper(one)
+    assert torch.equal(one.rotations, many.best().rotations)
+    assert one.count == 1
+    found = torch.autograd.grad((one.rotations * probe).sum(), (scores, turns))
+    soft = scores.softmax(dim=1)[..., None, None] * turns.detach() * probe
+    (expected,) = torch.autograd.grad(soft.sum(), scores)
+    torch.testing.assert_close(found[0], expected)
+    assert found[0].all()
+    chosen = nn.functional.one_hot(scores.argmax(dim=1), 4).to(DTYPE)[..., None, None]
+    torch.testing.assert_close(found[1], chosen * probe)
