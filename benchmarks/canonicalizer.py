@@ -15,16 +15,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
-import resource
-import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import cost, in_a_process
 from torch import Tensor, nn
 
 from pointcanon import neighbors, rotations, testing
@@ -81,11 +78,6 @@ def row_gram_schmidt(vectors: Tensor) -> Tensor:
     return torch.stack(rows, dim=-1)
 
 
-def peak_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if platform.system() == "Darwin" else peak / 2**10
-
-
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """One forward of B clouds of N points: peak memory of the first, best time of several."""
     torch.set_num_threads(options.threads)
@@ -93,19 +85,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     points = testing.surface_clouds(options.batch, options.points)
     with torch.no_grad():
         frames(points[:1, :64])  # libraries load their kernels here
-        before = peak_mib()
-        seconds, cpu_seconds = [], []
-        for _ in range(options.repeats):
-            start, cpu_start = time.perf_counter(), time.process_time()
-            frames(points)
-            seconds.append(time.perf_counter() - start)
-            cpu_seconds.append(time.process_time() - cpu_start)
-    return {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "seconds": min(seconds),
-        "cpu_seconds": min(cpu_seconds),  # tells more where the machine is busy with other work
-        "extra_mib": peak_mib() - before,
-    }
+        figures = cost(lambda: frames(points), options.repeats)
+    return {"parameters": sum(p.numel() for p in network.parameters()), **figures}
 
 
 def exactness(options: argparse.Namespace) -> dict[str, float]:
@@ -129,15 +110,6 @@ def exactness(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def in_a_process(options: argparse.Namespace, **changes: object) -> dict[str, float]:
-    """``measure`` or ``exactness`` with these options changed, in a fresh process."""
-    settings = vars(options) | changes
-    arguments = [f"--{name}={value}" for name, value in settings.items() if value is not None]
-    command = [sys.executable, __file__, *arguments]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(answer.stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -159,10 +131,10 @@ def main() -> None:
 
     report: dict[str, dict[str, float]] = {}
     for who in ("pointcanon", "equiadapt"):
-        report[who] = in_a_process(options, who=who, what="measure", json=None)
-        report[who] |= in_a_process(options, who=who, what="exactness", json=None)
+        report[who] = in_a_process(__file__, options, who=who, what="measure", json=None)
+        report[who] |= in_a_process(__file__, options, who=who, what="exactness", json=None)
     large = in_a_process(
-        options, who="pointcanon", what="measure", batch=1, points=16_384, json=None
+        __file__, options, who="pointcanon", what="measure", batch=1, points=16_384, json=None
     )
     ours, theirs = report["pointcanon"], report["equiadapt"]
     print(

@@ -29,6 +29,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from pointcanon.classes import MODELNET10_CLASSES, MODELNET40_CLASSES
 from pointcanon.clouds import normalise
 from pointcanon.errors import DataError, InputError
 from pointcanon.files import atomic_write
@@ -48,18 +49,6 @@ __all__ = [
     "layouts_at",
     "require_layout",
 ]
-
-MODELNET40_CLASSES: tuple[str, ...] = (
-    *("airplane", "bathtub", "bed", "bench", "bookshelf", "bottle", "bowl", "car", "chair", "cone"),
-    *("cup", "curtain", "desk", "door", "dresser", "flower_pot", "glass_box", "guitar", "keyboard"),
-    *("lamp", "laptop", "mantel", "monitor", "night_stand", "person", "piano", "plant", "radio"),
-    *("range_hood", "sink", "sofa", "stairs", "stool", "table", "tent", "toilet", "tv_stand"),
-    *("vase", "wardrobe", "xbox"),
-)
-MODELNET10_CLASSES: tuple[str, ...] = (
-    *("bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table"),
-    "toilet",
-)
 
 
 class Ref(NamedTuple):
@@ -88,14 +77,21 @@ class Layout(ABC):
         coordinate_frame: Name of the frame its files are in.
         folder: The folder of the layout itself.
         classes: The classes the folder is a data set of: ModelNet40's or ModelNet10's.
+        splits: The official splits.
     """
 
     name: ClassVar[str]
     coordinate_frame: ClassVar[str]
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
 
     def __init__(self, folder: Path, classes: tuple[str, ...]) -> None:
         self.folder = folder
         self.classes = classes
+
+    @property
+    def dataset(self) -> str:
+        """``"ModelNet40"`` or ``"ModelNet10"``."""
+        return f"ModelNet{len(self.classes)}"
 
     @classmethod
     @abstractmethod

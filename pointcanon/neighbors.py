@@ -1,6 +1,6 @@
-"""Exact nearest neighbours and farthest-point sampling, in bounded memory.
+"""Exact nearest neighbours, balls and farthest-point sampling, in bounded memory.
 
-Both answer with indices, so neither carries a gradient. Both are deterministic, take masks, never
+All answer with indices, so none carries a gradient. All are deterministic, take masks, never
 return a padded point, and compute in at least float32 (also under autocast). For clouds of 3-d
 points on a CPU a k-d tree finds the neighbours; elsewhere distances are formed a chunk at a time
 and the nearest are picked in two exact stages. Kernels of PyTorch3D or torch-cluster serve CUDA
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
@@ -23,7 +24,7 @@ from torch import Tensor
 from pointcanon.clouds import centroid
 from pointcanon.errors import InputError
 
-__all__ = ["backend", "farthest_point_sample", "knn"]
+__all__ = ["backend", "ball_query", "farthest_point_sample", "knn"]
 
 _CPU_CHUNK = 1 << 18
 """Distances held at once on a CPU: 1 MiB of float32, so that a chunk stays in cache."""
@@ -61,23 +62,45 @@ def knn(
     Raises:
         InputError: On a wrong shape, dtype, device or k, an empty cloud, NaN or inf.
     """
-    _check_points("points", points, mask)
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InputError(f"k is {k!r}; ask for at least 1 neighbour")
-    if queries is not None:
-        _check_points("queries", queries, None)
-        if queries.shape[0] != points.shape[0] or queries.shape[2] != points.shape[2]:
-            raise InputError(
-                f"queries has shape {tuple(queries.shape)}, "
-                f"expected ({points.shape[0]}, M, {points.shape[2]}) as of points"
-            )
-        if queries.device != points.device:
-            raise InputError(f"queries is on {queries.device}, points on {points.device}")
-    points = _at_least_float32(points, mask)
-    queries = points if queries is None else _at_least_float32(queries, None).to(points.dtype)
+    points, queries = _prepared(points, k, mask, queries)
     if _exporting():
         return _knn(points, queries, k, mask, dense=True)
     return torch.ops.pointcanon.knn(points, queries, k, mask)
+
+
+def ball_query(
+    points: Tensor,
+    radius: float,
+    k: int,
+    mask: Tensor | None = None,
+    queries: Tensor | None = None,
+) -> Tensor:
+    """Indices of the first k real points within a radius of each query, in index order.
+
+    The grouping of PointNet++ (Qi et al. 2017, arXiv 1706.02413) as its public code has it: of a
+    ball with more than k points those of lowest index are kept, so the answer depends on the order
+    of such a cloud; a ball with fewer is filled up with its first, so that a maximum over it stays
+    exact. A ball with none is filled with the nearest point.
+
+    Args:
+        points: ``(B, N, D)`` floating point, N >= 1.
+        radius: Positive; a point at this distance is inside.
+        k: Most points of each ball, at least 1.
+        mask: ``(B, N)`` bool, True = a real point; what padded points hold is ignored.
+        queries: ``(B, M, D)`` centres of the balls; the default is ``points``.
+
+    Returns:
+        ``(B, M, k)`` int64 indices into N.
+
+    Raises:
+        InputError: On a wrong shape, dtype, device, radius or k, an empty cloud, NaN or inf.
+    """
+    points, queries = _prepared(points, k, mask, queries)
+    if not 0 < radius < math.inf:
+        raise InputError(f"radius is {radius!r}; choose a positive number")
+    if _exporting():
+        return _ball(points, queries, float(radius), k, mask)
+    return torch.ops.pointcanon.ball_query(points, queries, float(radius), k, mask)
 
 
 def farthest_point_sample(
@@ -179,6 +202,22 @@ def _(points: Tensor, queries: Tensor, k: int, mask: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op(
+    "pointcanon::ball_query",
+    mutates_args=(),
+    schema="(Tensor points, Tensor queries, float radius, int k, Tensor? mask) -> Tensor",
+)
+def _ball_operator(
+    points: Tensor, queries: Tensor, radius: float, k: int, mask: Tensor | None
+) -> Tensor:
+    return _ball(points, queries, radius, k, mask)
+
+
+@_ball_operator.register_fake
+def _(points: Tensor, queries: Tensor, radius: float, k: int, mask: Tensor | None) -> Tensor:
+    return queries.new_empty(queries.shape[0], queries.shape[1], k, dtype=torch.int64)
+
+
+@torch.library.custom_op(
     "pointcanon::farthest_point_sample",
     mutates_args=(),
     schema="(Tensor points, int m, Tensor? mask, Tensor start) -> Tensor",
@@ -273,25 +312,27 @@ def _tree_query(cloud: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndar
 def _knn_dense(points: Tensor, queries: Tensor, counts: Tensor, k: int) -> Tensor:
     """By distances to all points, for as many queries at a time as the chunk allows."""
     scale = _power_of_two(points, queries)
-    points, queries = points * scale, queries * scale
-    count = points.shape[1]
-    budget = _CPU_CHUNK if points.device.type == "cpu" else _DEVICE_CHUNK
-    rows = min(max(1, budget // count), queries.shape[1])
-    clouds = max(1, rows // queries.shape[1])
-    padded = torch.arange(count, device=points.device) >= counts[:, None]
+    padded = torch.arange(points.shape[1], device=points.device) >= counts[:, None]
     pieces = [
-        _nearest(
-            _distances(points[b : b + clouds], queries[b : b + clouds, r : r + rows]).masked_fill_(
-                padded[b : b + clouds, None], math.inf
-            ),
-            k,
-        )
-        for b in range(0, len(points), clouds)
-        for r in range(0, queries.shape[1], rows)
+        _nearest(distances, k)
+        for distances in _distance_chunks(points * scale, queries * scale, padded)
     ]
     if not pieces:
         return queries.new_zeros(*queries.shape[:2], k, dtype=torch.int64)
     return torch.cat([piece.flatten(0, 1) for piece in pieces]).unflatten(0, queries.shape[:2])
+
+
+def _distance_chunks(points: Tensor, queries: Tensor, padded: Tensor | None) -> Iterator[Tensor]:
+    """:func:`_distances` in turn for few queries at a time, infinite to padded points."""
+    budget = _CPU_CHUNK if points.device.type == "cpu" else _DEVICE_CHUNK
+    rows = min(max(1, budget // points.shape[1]), queries.shape[1])
+    clouds = max(1, rows // max(1, queries.shape[1]))
+    for b in range(0, len(points), clouds):
+        for r in range(0, queries.shape[1], max(1, rows)):
+            distances = _distances(points[b : b + clouds], queries[b : b + clouds, r : r + rows])
+            if padded is not None:
+                distances.masked_fill_(padded[b : b + clouds, None], math.inf)
+            yield distances
 
 
 def _distances(points: Tensor, queries: Tensor) -> Tensor:
@@ -383,6 +424,44 @@ _KNN_BACKENDS = {
 }
 
 
+# balls --------------------------------------------------------------------------------------------
+
+
+def _ball(points: Tensor, queries: Tensor, radius: float, k: int, mask: Tensor | None) -> Tensor:
+    """By distances to all points, for as many queries at a time as the chunk allows."""
+    scale = _power_of_two(points, queries)
+    # in double precision, so that the rounded limit is that of the plain radius
+    limits = (radius * scale.to("cpu", torch.float64)).square().to(points)
+    limits = limits.expand(-1, queries.shape[1], 1).flatten()
+    chunks = _distance_chunks(points * scale, queries * scale, None if mask is None else ~mask)
+    pieces, done = [], 0
+    with torch.autocast(points.device.type, enabled=False):
+        for distances in chunks:
+            rows = distances.flatten(0, 1)
+            pieces.append(_first_inside(rows, limits[done : done + len(rows), None], k))
+            done += len(rows)
+    if not pieces:
+        return queries.new_zeros(*queries.shape[:2], k, dtype=torch.int64)
+    return torch.cat(pieces).unflatten(0, queries.shape[:2])
+
+
+def _first_inside(distances: Tensor, limits: Tensor, k: int) -> Tensor:
+    """The first k columns of each row up to its limit, ``(rows, k)``, the first repeated."""
+    reach = torch.maximum(limits, distances.amin(dim=1, keepdim=True))  # never an empty ball
+    inside = distances <= reach
+    slot = torch.arange(k, device=distances.device)
+    if _exporting():
+        count = distances.shape[1]
+        place = torch.arange(count, device=distances.device)
+        found = torch.where(inside, place, count).topk(min(k, count), dim=1, largest=False).values
+        found = torch.nn.functional.pad(found, (0, k - found.shape[1]), value=count)
+        return torch.where(found < count, found, found[:, :1])
+    counts = inside.sum(dim=1, keepdim=True)
+    first = counts.cumsum(dim=0) - counts
+    places = inside.flatten().nonzero()[:, 0] % distances.shape[1]
+    return places[first + torch.where(slot < counts, slot, 0)]
+
+
 # farthest points ----------------------------------------------------------------------------------
 
 
@@ -457,6 +536,26 @@ def _flat_clouds(points: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 # input --------------------------------------------------------------------------------------------
+
+
+def _prepared(
+    points: Tensor, k: int, mask: Tensor | None, queries: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Checked points and queries, in one dtype of at least float32."""
+    _check_points("points", points, mask)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise InputError(f"k is {k!r}; ask for at least 1 neighbour")
+    if queries is not None:
+        _check_points("queries", queries, None)
+        if queries.shape[0] != points.shape[0] or queries.shape[2] != points.shape[2]:
+            raise InputError(
+                f"queries has shape {tuple(queries.shape)}, "
+                f"expected ({points.shape[0]}, M, {points.shape[2]}) as of points"
+            )
+        if queries.device != points.device:
+            raise InputError(f"queries is on {queries.device}, points on {points.device}")
+    points = _at_least_float32(points, mask)
+    return points, points if queries is None else _at_least_float32(queries, None).to(points.dtype)
 
 
 def _power_of_two(points: Tensor, queries: Tensor) -> Tensor:

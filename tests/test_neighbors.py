@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pointcanon import neighbors
 from pointcanon.errors import InputError
-from pointcanon.neighbors import backend, farthest_point_sample, knn
+from pointcanon.neighbors import backend, ball_query, farthest_point_sample, knn
 
 
 def naive_knn(points: Tensor, k: int, mask: Tensor | None = None, queries: Tensor | None = None):
@@ -342,3 +342,59 @@ POINTS = torch.zeros(2, 4, 3)
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+# balls --------------------------------------------------------------------------------------------
+
+
+def naive_ball(points: Tensor, radius: float, k: int, mask: Tensor | None, queries: Tensor):
+    result = torch.empty(*queries.shape[:2], k, dtype=torch.int64)
+    for b in range(len(points)):
+        real = range(points.shape[1]) if mask is None else mask[b].nonzero()[:, 0].tolist()
+        for i, query in enumerate(queries[b]):
+            gap = {j: float((points[b, j] - query).norm()) for j in real}
+            inside = [j for j in real if gap[j] <= radius] or [min(real, key=gap.__getitem__)]
+            result[b, i] = torch.tensor((inside + [inside[0]] * k)[:k])
+    return result
+
+
+@pytest.mark.parametrize("k", [1, 4, 40])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_ball_holds_its_first_points(k, masked, generator, monkeypatch):
+    points = torch.randn(3, 30, 3, generator=generator, dtype=torch.float64)
+    queries = torch.randn(3, 7, 3, generator=generator, dtype=torch.float64)
+    queries[0, 0] = 50.0  # far from all points
+    mask = random_mask(3, 30, generator) if masked else None
+    expected = naive_ball(points, 0.9, k, mask, queries)
+    given = points if mask is None else points.masked_fill(~mask[..., None], torch.nan)
+    assert torch.equal(ball_query(given, 0.9, k, mask, queries), expected)
+    monkeypatch.setattr(neighbors, "_CPU_CHUNK", 70)
+    assert torch.equal(ball_query(given, 0.9, k, mask, queries), expected)
+
+
+def test_a_ball_is_closed_and_of_any_size():
+    line = torch.arange(6.0)[None, :, None] * torch.tensor([1.0, 0.0, 0.0])
+    for size in (2.0**-100, 1.0, 2.0**100):
+        found = ball_query(line * size, 2 * size, 6)[0]
+        assert found[0].tolist() == [0, 1, 2, 0, 0, 0]
+        assert found[3].tolist() == [1, 2, 3, 4, 5, 1]
+
+
+def test_balls_are_one_operator_and_trace_for_export(generator):
+    points, queries = torch.randn(2, 30, 3, generator=generator), torch.randn(2, 5, 3)
+
+    class Module(torch.nn.Module):
+        def forward(self, points: Tensor, queries: Tensor) -> Tensor:
+            return ball_query(points, 0.9, 40, queries=queries)
+
+    expected = Module()(points, queries)
+    compiled = torch.compile(Module(), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(points, queries), expected)
+    program = torch.export.export(Module(), (points, queries))
+    assert torch.equal(program.module()(points, queries), expected)
+
+
+@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_radius_is_positive(radius):
+    with pytest.raises(InputError, match=r"radius is .*; choose a positive number"):
+        ball_query(torch.zeros(1, 3, 3), radius, 2)

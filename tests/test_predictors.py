@@ -1,37 +1,52 @@
-"""PointNet and DGCNN: exact under padding, equal to their plain forms, and loadable."""
+"""The contract of every network: exact under padding, equal to plain forms, one graph, refusals."""
 
 from __future__ import annotations
 
-import pickle
-from collections import OrderedDict
-from pathlib import Path
-
 import pytest
 import torch
-from public_formats import PublicClassifier
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pointcanon import predictors
-from pointcanon.datasets import ModelNet40
-from pointcanon.errors import CheckpointError, InputError, UsageError
-from pointcanon.eval.evaluate import evaluate
-from pointcanon.layers.pointwise import BatchNorm, PooledLinear
-from pointcanon.predictors import DGCNN, PointNet
-from pointcanon.predictors.dgcnn import EdgeConv, edge_features
-from pointcanon.predictors.public import MODELNET40
+from pointcanon.errors import InputError, UsageError
+from pointcanon.layers.pointwise import BatchNorm, PooledLinear, linear_of_parts
+from pointcanon.layers.set_abstraction import Scale
+from pointcanon.predictors import (
+    DGCNN,
+    DGCNNParts,
+    PartPredictor,
+    PointNet,
+    PointNet2,
+    PointNet2Parts,
+    PointNetParts,
+    pointnet2,
+)
+from pointcanon.predictors.pointnet2 import Level
+
+SMALL = {"widths": (8, 8, 12), "embedding": 16}
 
 NETWORKS = {
-    "pointnet": lambda: PointNet(5, widths=(8, 8, 12), embedding=16, dropout=0.0),
+    "pointnet": lambda: PointNet(5, **SMALL, dropout=0.0),
     "pointnet-transforms": lambda: PointNet(
-        5, transforms=True, widths=(8, 8, 12), embedding=16, dropout=0.0
+        5, normals=True, transforms=True, rectified=False, **SMALL, dropout=0.0
     ),
+    "pointnet-parts": lambda: PointNetParts(5, num_categories=3, **SMALL, head=(12, 8)),
+    "pointnet-parts-aligned": lambda: PointNetParts(
+        5, num_categories=0, transforms=(0, 1), skip="aligned", **SMALL, head=(12,)
+    ),
+    "pointnet2": lambda: PointNet2(5, normals=True, dropout=0.0),
+    "pointnet2-parts": lambda: PointNet2Parts(5, num_categories=3, normals=True, dropout=0.0),
     "dgcnn": lambda: DGCNN(5, k=4, embedding=16, dropout=0.0),
+    "dgcnn-parts": lambda: DGCNNParts(5, num_categories=3, k=4, embedding=16, dropout=0.0),
 }
+
+FEW = (Level(8, (Scale(1.0, 20, (8, 8, 12)),)), Level(4, (Scale(2.0, 8, (8, 12)),)))
+"""Balls that are never full, so that the order of the points does not matter."""
 
 
 @pytest.fixture(params=NETWORKS)
-def network(request: pytest.FixtureRequest) -> nn.Module:
+def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    monkeypatch.setitem(pointnet2.CLASSIFICATION, "ssg", FEW)
+    monkeypatch.setitem(pointnet2.PARTS, "ssg", FEW)
     torch.manual_seed(0)
     built = NETWORKS[request.param]().double()
     # weights of both signs, as after training
@@ -47,64 +62,115 @@ def batch(generator: torch.Generator, clouds: int = 3, points: int = 20) -> Tens
     return torch.randn(clouds, points, 3, generator=generator, dtype=torch.float64)
 
 
-def padded(points: Tensor, extra: int) -> tuple[Tensor, Tensor]:
+def arguments(network: nn.Module, generator: torch.Generator, clouds: int = 3) -> dict[str, Tensor]:
+    """What the network takes."""
+    given = {"points": batch(generator, clouds)}
+    if network.normals:
+        given["normals"] = batch(generator, clouds)
+    if getattr(network, "num_categories", 0):
+        given["category"] = torch.arange(clouds) % network.num_categories
+    return given
+
+
+def padded(given: dict[str, Tensor], extra: int) -> dict[str, Tensor]:
     """The same clouds with NaN padding mixed in among the points, and the mask."""
-    clouds, real = points.shape[:2]
+    clouds, real = given["points"].shape[:2]
     mask = torch.zeros(clouds, real + extra, dtype=torch.bool)
-    wide = torch.full((clouds, real + extra, 3), torch.nan, dtype=points.dtype)
     for cloud in range(clouds):
-        kept = torch.randperm(real + extra)[:real].sort().values
-        mask[cloud, kept] = True
-        wide[cloud, kept] = points[cloud]
-    return wide, mask
+        mask[cloud, torch.randperm(real + extra)[:real]] = True
+    wide = dict(given, mask=mask)
+    for name in given.keys() & {"points", "normals"}:
+        wide[name] = torch.full((*mask.shape, 3), torch.nan, dtype=given[name].dtype)
+        wide[name][mask] = given[name].flatten(0, 1)
+    return wide
+
+
+def real(network: nn.Module, outputs: Tensor, given: dict[str, Tensor]) -> Tensor:
+    """Outputs of the clouds, or of their real points."""
+    if not isinstance(network, PartPredictor) or "mask" not in given:
+        return outputs
+    return outputs[given["mask"]].unflatten(0, (len(outputs), -1))
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_padding_changes_neither_logits_nor_statistics_nor_gradients(
     network: nn.Module, generator: torch.Generator, training: bool
 ) -> None:
-    points = batch(generator)
-    wide, mask = padded(points, extra=7)
+    given = arguments(network, generator)
     network.train(training)
     start = {key: value.clone() for key, value in network.state_dict().items()}
 
-    def run(*arguments: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    def run(given: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
         network.load_state_dict(start)
-        logits = network(*arguments)
+        logits = real(network, network(**given), given)
         gradients = torch.autograd.grad(logits.square().sum(), list(network.parameters()))
         return logits, list(gradients), network.state_dict()
 
-    plain, masked = run(points), run(wide, mask)
+    plain, masked = run(given), run(padded(given, extra=7))
     torch.testing.assert_close(masked[0], plain[0], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(masked[1], plain[1], rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(masked[2], plain[2], rtol=1e-10, atol=1e-12)
 
 
-def test_logits_ignore_point_order_and_the_rest_of_the_batch(
+def test_logits_follow_the_points_and_ignore_the_rest_of_the_batch(
     network: nn.Module, generator: torch.Generator
 ) -> None:
     network.eval()
-    points = batch(generator)
-    logits = network(points)
-    assert logits.shape == (3, 5)
-    shuffled = points[:, torch.randperm(points.shape[1], generator=generator)]
-    torch.testing.assert_close(network(shuffled), logits, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(network(points[1:2]), logits[1:2], rtol=1e-10, atol=1e-10)
+    given = arguments(network, generator)
+    logits = network(**given)
+    assert logits.shape == ((3, 20, 5) if isinstance(network, PartPredictor) else (3, 5))
+    assert logits.std(dim=0).max() > 1e-6  # or nothing would be tested
+    order = torch.randperm(20, generator=generator)
+    shuffled = network(
+        **{name: value[:, order] if value.ndim > 1 else value for name, value in given.items()}
+    )
+    expected = logits[:, order] if isinstance(network, PartPredictor) else logits
+    torch.testing.assert_close(shuffled, expected, rtol=1e-10, atol=1e-10)
+    alone = network(**{name: value[1:2] for name, value in given.items()})
+    torch.testing.assert_close(alone, logits[1:2], rtol=1e-10, atol=1e-10)
 
 
-def test_bad_clouds_are_refused_with_the_remedy(network: nn.Module) -> None:
+def test_bad_clouds_are_refused_with_the_remedy(
+    network: nn.Module, generator: torch.Generator
+) -> None:
     with pytest.raises(InputError, match=r"\(B, 3, N\): pass points.mT"):
         network(torch.zeros(2, 3, 20, dtype=torch.float64))
-    broken = torch.zeros(2, 20, 3, dtype=torch.float64)
-    broken[1, 4, 0] = torch.nan
+    given = arguments(network, generator)
+    given["points"][1, 4, 0] = torch.nan
     with pytest.raises(InputError, match=r"points\[1, 4\]"):
-        network(broken)
+        network(**given)
+
+
+def test_what_a_network_was_built_for_must_be_given(generator: torch.Generator) -> None:
+    points = batch(generator).float()
+    with pytest.raises(InputError, match=r"PointNet was built with normals: give normals, \(3, 20"):
+        PointNet(5, normals=True)(points)
+    parts = PointNetParts(5, num_categories=3, **SMALL)
+    with pytest.raises(InputError, match=r"give category, \(3,\) integers in \[0, 3\)"):
+        parts(points)
+    with pytest.raises(InputError, match=r"category has shape \(3, 1\)"):
+        parts(points, category=torch.zeros(3, 1, dtype=torch.long))
+    with pytest.raises(InputError, match=r"in \[0, 3\), got \[0, 1, 3\]"):
+        parts(points, category=torch.tensor([0, 1, 3]))
+
+
+def test_normals_are_left_aside_by_networks_of_positions(generator: torch.Generator) -> None:
+    network, points = NETWORKS["pointnet"]().double().eval(), batch(generator)
+    assert torch.equal(network(points, normals=batch(generator)), network(points))
 
 
 def test_hyperparameters_rebuild_the_network(network: nn.Module) -> None:
     twin = type(network)(**network.hyperparameters)
     assert twin.hyperparameters == network.hyperparameters
     twin.double().load_state_dict(network.state_dict())
+
+
+def test_a_linear_layer_of_parts_is_that_of_the_whole(generator: torch.Generator) -> None:
+    layer = nn.Linear(7, 4).double()
+    cloud = torch.randn(2, 1, 3, generator=generator, dtype=torch.float64)
+    points = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+    whole = layer(torch.cat((cloud.expand(-1, 5, -1), points), dim=-1))
+    torch.testing.assert_close(linear_of_parts(layer, cloud, points), whole)
 
 
 def test_pooled_linear_equals_linear_norm_maximum(generator: torch.Generator) -> None:
@@ -139,10 +205,18 @@ def test_batch_norm_with_a_mask_equals_torch_on_the_real_rows(generator: torch.G
 
 
 def test_alignment_starts_as_the_identity(generator: torch.Generator) -> None:
-    network = PointNet(5, transforms=True).double()
-    points = batch(generator)
-    assert network.align_points is not None
-    torch.testing.assert_close(network.align_points(points), points)
+    network = PointNet(5, normals=True, transforms=True).double()
+    inputs = torch.cat((batch(generator), batch(generator)), dim=-1)
+    torch.testing.assert_close(network.align["0"](inputs), inputs)
+
+
+def test_a_transform_moves_positions_alone(generator: torch.Generator) -> None:
+    align = PointNet(5, normals=True, transforms=True).double().align["0"]
+    nn.init.normal_(align.matrix.bias)
+    inputs = torch.cat((batch(generator), batch(generator)), dim=-1)
+    matrix = torch.eye(3) + align.matrix.bias.view(3, 3)
+    expected = torch.cat((inputs[..., :3] @ matrix, inputs[..., 3:]), dim=-1)
+    torch.testing.assert_close(align(inputs), expected)
 
 
 def test_pointnet_gradient_reaches_the_points(generator: torch.Generator) -> None:
@@ -151,38 +225,20 @@ def test_pointnet_gradient_reaches_the_points(generator: torch.Generator) -> Non
     assert torch.autograd.gradcheck(network, (points,))
 
 
-def test_edge_features_are_difference_and_centre() -> None:
-    features = torch.tensor([[[1.0], [4.0], [9.0]]])
-    neighbors = torch.tensor([[[0, 1], [1, 2], [2, 0]]])
-    expected = torch.tensor([[[[0, 1], [3, 1]], [[0, 4], [5, 4]], [[0, 9], [-8, 9]]]])
-    torch.testing.assert_close(edge_features(features, neighbors), expected.float())
-
-
-def test_edge_convolution_equals_its_definition(generator: torch.Generator) -> None:
-    torch.manual_seed(0)
-    convolution = EdgeConv(3, 7, k=5).double().eval()
-    points = batch(generator, clouds=1, points=12)
-    found = convolution(points)[0]
-    for i, centre in enumerate(points[0]):
-        nearest = (points[0] - centre).norm(dim=-1).argsort()[:5]
-        edges = [torch.cat((points[0, j] - centre, centre)) for j in nearest]
-        values = torch.stack([convolution.layer(edge[None])[0] for edge in edges])
-        torch.testing.assert_close(found[i], values.amax(dim=0))
-
-
 def test_a_mask_costs_no_precision_under_autocast(
     network: nn.Module, generator: torch.Generator
 ) -> None:
     network.float().train()
-    points = batch(generator, clouds=16).float()
-    exact = network(points)
+    given = arguments(network, generator, clouds=16)
+    given = {name: v.float() if v.is_floating_point() else v for name, v in given.items()}
+    exact = network(**given)
 
-    def error(*arguments: Tensor) -> Tensor:
+    def error(given: dict[str, Tensor]) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return (network(*arguments).float() - exact).norm()
+            return (real(network, network(**given), given).float() - exact).norm()
 
     # without a mask all but the pooled layer is torch's own
-    assert error(*padded(points, extra=3)) < 1.5 * error(points)
+    assert error(padded(given, extra=3)) < 1.5 * error(given)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -200,11 +256,12 @@ def test_pooled_linear_keeps_exact_statistics_under_autocast(
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("network", ["pointnet-parts", "pointnet2", "dgcnn"], indirect=True)
 def test_forward_compiles_in_one_graph(network: nn.Module, generator: torch.Generator) -> None:
     network.eval()
-    wide, mask = padded(batch(generator), extra=3)
+    given = padded(arguments(network, generator), extra=3)
     compiled = torch.compile(network, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(wide, mask), network(wide, mask))
+    torch.testing.assert_close(compiled(**given), network(**given))
 
 
 def test_a_single_point_has_finite_logits() -> None:
@@ -243,7 +300,7 @@ def test_a_network_learns_to_tell_a_line_from_a_ball(name: str) -> None:
 
 def test_create_names_what_there_is() -> None:
     assert isinstance(predictors.create("pointnet", num_classes=3), PointNet)
-    with pytest.raises(UsageError, match=r"'pointnot'.*pointnet, dgcnn"):
+    with pytest.raises(UsageError, match=r"'pointnot'.*pointnet, .*dgcnn"):
         predictors.create("pointnot", num_classes=3)
     with pytest.raises(UsageError, match=r"'dgcnn'.*neighbours"):
         predictors.create("dgcnn", num_classes=3, neighbours=20)
@@ -255,7 +312,14 @@ def test_create_names_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("network", "options", "message"),
     [
-        (PointNet, {"widths": [8], "transforms": True}, r"widths is \(8,\); give at least two"),
+        (PointNet, {"widths": []}, r"widths is \(\); give at least one"),
+        (PointNet, {"widths": [8], "transforms": True}, r"transforms is \(0, 2\).*from 0 to 1"),
+        (PointNet, {"transforms": (1, 1)}, r"transforms is \(1, 1\); name each depth once"),
+        (PointNetParts, {"skip": "none"}, "skip is 'none'; choose 'all' or 'aligned'"),
+        (PointNetParts, {"head": ()}, r"head is \(\); give at least one width"),
+        (PointNetParts, {"num_categories": -1}, "num_categories is -1"),
+        (PointNet2, {"scales": "both"}, "scales is 'both'; choose one of: ssg, msg"),
+        (PointNet2Parts, {"num_categories": -1}, "num_categories is -1"),
         (PointNet, {"widths": (8, 0)}, r"widths is \(8, 0\)"),
         (PointNet, {"embedding": 0}, "embedding is 0"),
         (PointNet, {"dropout": 1.5}, r"dropout is 1\.5"),
@@ -269,149 +333,7 @@ def test_hyperparameters_out_of_range_are_refused(network, options, message: str
         network(3, **options)
 
 
-@pytest.mark.parametrize("network", [PointNet, DGCNN])
-def test_a_network_has_classes(network) -> None:
-    with pytest.raises(InputError, match="num_classes is 0"):
+@pytest.mark.parametrize("network", predictors.PREDICTORS.values())
+def test_a_network_has_classes_or_parts(network) -> None:
+    with pytest.raises(InputError, match=r"num_(classes|parts) is 0"):
         network(0)
-
-
-# ---- public checkpoints ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def public() -> PublicClassifier:
-    torch.manual_seed(0)
-    network = PublicClassifier(num_classes=40, embedding=96)
-    network(torch.randn(8, 30, 3))  # running statistics that are not the initial ones
-    return network.eval()
-
-
-def write_plain(state: dict[str, Tensor], path: Path) -> None:
-    torch.save(state, path)
-
-
-def write_legacy(state: dict[str, Tensor], path: Path) -> None:
-    torch.save(OrderedDict(state), path, _use_new_zipfile_serialization=False)
-
-
-def write_wrapped(state: dict[str, Tensor], path: Path) -> None:
-    parallel = {f"module.{key}": value for key, value in state.items()}
-    torch.save({"epoch": 3, "model_state_dict": {"state_dict": parallel}}, path)
-
-
-def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
-    save_file(state, path)
-
-
-@pytest.mark.parametrize("write", [write_plain, write_legacy, write_wrapped, write_safetensors])
-def test_load_recognises_learning3d(public: PublicClassifier, tmp_path: Path, write) -> None:
-    path = tmp_path / "weights.t7"
-    write(public.state_dict(), path)
-    network = predictors.load(path)
-    assert not network.training
-    assert network.coordinate_frame == "y-up-mirrored"
-    assert network.classes == MODELNET40
-    assert len(MODELNET40) == 40
-    points = torch.randn(4, 50, 3)
-    torch.testing.assert_close(network(points), public(points), rtol=1e-4, atol=1e-5)
-
-
-def test_load_infers_the_number_of_classes(tmp_path: Path) -> None:
-    torch.save(PublicClassifier(10, embedding=32).state_dict(), tmp_path / "ten.t7")
-    network = predictors.load(tmp_path / "ten.t7")
-    assert network.num_classes == 10
-    assert network.classes is None
-
-
-def test_load_lists_layouts_and_keys_of_an_unknown_network(tmp_path: Path) -> None:
-    torch.save({"encoder.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"other\.pt.*learning3d.*feature_model.*encoder"):
-        predictors.load(tmp_path / "other.pt")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state.pop("bn2.bias"), r"missing bn2\.bias"),
-        (lambda state: state.update(extra=torch.zeros(1)), "unexpected extra"),
-        (
-            lambda state: state.update({"linear2.weight": torch.zeros(256, 3)}),
-            r"linear2\.weight has shape \(256, 3\), expected \(256, 512\)",
-        ),
-        (lambda state: state["linear3.bias"].fill_(torch.nan), r"NaN.*linear3\.bias"),
-        (lambda state: state.update({"linear3.weight": torch.zeros(())}), "too few dimensions"),
-    ],
-)
-def test_load_is_strict(public: PublicClassifier, tmp_path: Path, change, message: str) -> None:
-    state = public.state_dict()
-    change(state)
-    torch.save(state, tmp_path / "changed.t7")
-    with pytest.raises(CheckpointError, match=message):
-        predictors.load(tmp_path / "changed.t7")
-
-
-class Trap:
-    """Unpickled carelessly, it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_load_runs_no_code(public: PublicClassifier, tmp_path: Path) -> None:
-    sprung, path = tmp_path / "sprung", tmp_path / "trap.pt"
-    torch.save({"state_dict": public.state_dict(), "arguments": Trap(sprung)}, path)
-    with pytest.raises(CheckpointError, match=r"trap\.pt.*run code.*state_dict\(\)"):
-        predictors.load(path)
-    path.write_bytes(pickle.dumps(Trap(sprung), protocol=2))
-    with pytest.raises(CheckpointError, match=r"trap\.pt"):
-        predictors.load(path)
-    assert not sprung.exists()
-
-
-@pytest.mark.parametrize("write", [write_plain, write_legacy, write_safetensors])
-def test_load_refuses_truncated_files(public: PublicClassifier, tmp_path: Path, write) -> None:
-    path = tmp_path / "cut.t7"
-    write(public.state_dict(), path)
-    whole = path.read_bytes()
-    for length in (0, 1, 8, 9, 100, 5_000, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"cut\.t7.*(damaged|incomplete).*again"):
-            predictors.load(path)
-
-
-def test_load_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no file .*absent\.pt"):
-        predictors.load(tmp_path / "absent.pt")
-    with pytest.raises(CheckpointError, match="is a folder"):
-        predictors.load(tmp_path)
-    (tmp_path / "notes.txt").write_text("not weights")
-    with pytest.raises(CheckpointError, match=r"notes\.txt.*no PyTorch file"):
-        predictors.load(tmp_path / "notes.txt")
-    for content in ([torch.zeros(1)], {}, {"epoch": 3}, {"state_dict": {}}, torch.zeros(2)):
-        torch.save(content, tmp_path / "odd.pt")
-        with pytest.raises(CheckpointError, match=r"odd\.pt holds no state dictionary"):
-            predictors.load(tmp_path / "odd.pt")
-
-
-def test_a_training_state_is_named_as_such(tmp_path: Path) -> None:
-    state = {
-        "pytorch-lightning_version": "2.6",
-        "state_dict": {"predictor.weight": torch.zeros(2)},
-        "hyper_parameters": {"path": tmp_path},  # an object, as training states may hold
-    }
-    torch.save(state, tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match=r"last\.ckpt is a training state.*best\.safetensors"):
-        predictors.load(tmp_path / "last.ckpt")
-
-
-@pytest.mark.slow
-def test_the_real_pointnet_reaches_its_accuracy(real_data: Path) -> None:
-    network = predictors.load(real_data / "weights" / "learning3d_pointnet_modelnet40.t7")
-    test = ModelNet40(real_data / "modelnet40_ply_hdf5_2048", "test")
-    assert len(test) == 2468
-    scores = evaluate(network, test, "I/I").trials.aligned
-    assert 100 * scores.overall_accuracy == pytest.approx(86.1, abs=0.2)
-    assert 100 * scores.mean_class_accuracy == pytest.approx(80.2, abs=0.2)

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["BatchNorm", "PooledLinear", "masked_max", "masked_mean"]
+__all__ = [
+    "BatchNorm",
+    "PooledLinear",
+    "SharedLayer",
+    "linear_of_parts",
+    "masked_max",
+    "masked_mean",
+    "shared_layers",
+]
 
 SCORES = 2**24
 """Elements of the largest intermediate of :class:`PooledLinear`: 64 MB in float32."""
@@ -51,6 +60,37 @@ class BatchNorm(nn.BatchNorm1d):
         return (input * scale + (self.bias - mean * scale)).to(input.dtype)
 
 
+class SharedLayer(nn.Module):
+    """Linear, batch normalisation over real points, ReLU: the same for every point.
+
+    Args:
+        in_channels: C.
+        out_channels: D.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_channels, out_channels)
+        self.norm = BatchNorm(out_channels)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(..., C)`` to ``(..., D)``; ``mask`` is ``(...)``."""
+        return F.relu(self.norm(self.linear(features), mask))
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight ``(D, C)`` and bias ``(D,)`` of the layer in evaluation, less its ReLU."""
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+        bias = (self.linear.bias - self.norm.running_mean) * scale + self.norm.bias
+        return self.linear.weight * scale[:, None], bias
+
+
+def shared_layers(modules: nn.ModuleList) -> list[SharedLayer]:
+    """The same layers, typed."""
+    return [layer for layer in modules if isinstance(layer, SharedLayer)]
+
+
 class PooledLinear(nn.Module):
     """A linear layer, batch normalisation and a maximum over the points, at a fraction of the cost.
 
@@ -64,11 +104,12 @@ class PooledLinear(nn.Module):
     Args:
         in_channels: C.
         out_channels: D, worth it when several times C.
+        bias: Of the linear layer; normalisation makes it idle, but weights that exist may have it.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_channels, out_channels)
+        self.linear = nn.Linear(in_channels, out_channels, bias=bias)
         self.norm = BatchNorm(out_channels)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -83,7 +124,9 @@ class PooledLinear(nn.Module):
         """
         winners = self._winners(features, mask)
         rows = features.gather(1, winners[..., None].expand(-1, -1, features.shape[-1]))
-        pooled = (rows * self.linear.weight).sum(dim=-1) + self.linear.bias
+        pooled = (rows * self.linear.weight).sum(dim=-1)
+        if self.linear.bias is not None:
+            pooled = pooled + self.linear.bias
         if not self.training:
             return self.norm(pooled)
         mean, variance, count = self._statistics(features, mask)
@@ -121,7 +164,10 @@ class PooledLinear(nn.Module):
                 centred = real * (rows - mean)
             covariance = centred.mT @ centred / count
             variance = ((weight @ covariance) * weight).sum(dim=-1).clamp_min(0)
-            return weight @ mean + self.linear.bias, variance, count
+            mean = weight @ mean
+            if self.linear.bias is not None:
+                mean = mean + self.linear.bias
+            return mean, variance, count
 
 
 def _exact(values: Tensor) -> Tensor:
@@ -129,10 +175,27 @@ def _exact(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def linear_of_parts(linear: nn.Linear, *parts: Tensor) -> Tensor:
+    """A linear layer on parts that lie side by side, without joining them.
+
+    Args:
+        linear: Takes the sum of the parts' channels.
+        *parts: ``(..., C_i)``, broadcastable: what all points of a cloud share, ``(B, 1, C_i)``, is
+            multiplied once.
+    """
+    weights = linear.weight.split([part.shape[-1] for part in parts], dim=1)
+    products = [F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)]
+    first, *others = products
+    return sum(others, first if linear.bias is None else first + linear.bias)
+
+
 def masked_max(features: Tensor, mask: Tensor | None) -> Tensor:
     """Maximum over the real points: ``(B, N, C)`` to ``(B, C)``."""
     if mask is not None:
         features = features.masked_fill(~mask[..., None], -torch.inf)
+    if torch.is_grad_enabled() and features.requires_grad:
+        # the gradient of amax passes over all points several times, this one visits the winners
+        return features.max(dim=1).values
     return features.amax(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""DGCNN for classification (Wang et al. 2019, arXiv 1801.07829)."""
+"""DGCNN for classification and for part segmentation (Wang et al. 2019, arXiv 1801.07829)."""
 
 from __future__ import annotations
 
@@ -9,68 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pointcanon.errors import InputError
-from pointcanon.layers.pointwise import BatchNorm, masked_max, masked_mean
-from pointcanon.neighbors import knn
-from pointcanon.predictors.base import Predictor, check_sizes
+from pointcanon.layers.edge_conv import SLOPE, DeepEdgeConv, EdgeConv, Layer
+from pointcanon.layers.pointwise import PooledLinear, linear_of_parts, masked_max, masked_mean
+from pointcanon.predictors.base import PartPredictor, Predictor, check_sizes
 
-__all__ = ["DGCNN"]
+__all__ = ["DGCNN", "DGCNNParts"]
 
 WIDTHS = (64, 64, 128, 256)
-"""Of the edge convolutions, as in the paper."""
+"""Of the edge convolutions for classification, as in the paper."""
 
-SLOPE = 0.2
-"""Of every leaky ReLU."""
-
-
-class Layer(nn.Module):
-    """Linear, batch normalisation over real rows, leaky ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_channels, out_channels, bias=bias)
-        self.norm = BatchNorm(out_channels)
-
-    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(..., C)`` to ``(..., D)``; ``mask`` is broadcastable to ``(...)``."""
-        return F.leaky_relu(self.norm(self.linear(features), mask), SLOPE)
-
-
-class EdgeConv(nn.Module):
-    """A layer on the edges to the k nearest neighbours in feature space, and a maximum over them.
-
-    Args:
-        in_channels: C.
-        out_channels: D.
-        k: Neighbours of a point, itself among them.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, k: int) -> None:
-        super().__init__()
-        self.k = k
-        self.layer = Layer(2 * in_channels, out_channels)
-
-    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, D)``."""
-        edges = edge_features(features, knn(features.detach(), self.k, mask))
-        edge_mask = None if mask is None else mask[..., None]
-        return self.layer(edges, edge_mask).amax(dim=2)
-
-
-def edge_features(features: Tensor, neighbors: Tensor) -> Tensor:
-    """``[x_j - x_i, x_i]`` for each edge.
-
-    Args:
-        features: ``(B, N, C)``.
-        neighbors: ``(B, N, k)`` int64 indices of points.
-
-    Returns:
-        ``(B, N, k, 2C)``.
-    """
-    clouds, points, k = neighbors.shape
-    flat = neighbors.reshape(clouds, points * k, 1).expand(-1, -1, features.shape[-1])
-    ends = features.gather(1, flat).unflatten(1, (points, k))
-    centres = features[:, :, None].expand_as(ends)
-    return torch.cat((ends - centres, centres), dim=-1)
+PART_WIDTH = 64
+"""Of every edge convolution for part segmentation, and of the code of the category."""
 
 
 class DGCNN(Predictor):
@@ -112,21 +61,125 @@ class DGCNN(Predictor):
             "dropout": self.dropout,
         }
 
-    def predict(self, points: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_count(points, mask)
-        features, levels = points, []
-        for convolution in self.edges:
-            features = convolution(features, mask)
-            levels.append(features)
-        shared = self.shared(torch.cat(levels, dim=-1), mask)
+    def predict(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Tensor:
+        _check_count(points, mask, self.k)
+        shared = self.shared(_levels(self.edges, points, mask), mask)
         return self.head(torch.cat((masked_max(shared, mask), masked_mean(shared, mask)), dim=-1))
 
-    def _check_count(self, points: Tensor, mask: Tensor | None) -> None:
-        smallest = points.shape[1]
-        if mask is not None and len(mask) and not torch.compiler.is_compiling():
-            smallest = int(mask.sum(dim=1).min())
-        if smallest < self.k:
-            raise InputError(
-                f"DGCNN looks at k = {self.k} neighbours, but a cloud has {smallest} points: "
-                "sample more points, or build the network with a smaller k"
-            )
+
+class AlignmentNet(nn.Module):
+    """A matrix for each cloud, from an edge convolution; the identity at initialisation.
+
+    Args:
+        k: Neighbours of a point, itself among them.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.edges = DeepEdgeConv(3, 64, 128, k)
+        self.pool = PooledLinear(128, 1024, bias=False)
+        self.head = nn.Sequential(Layer(1024, 512), Layer(512, 256))
+        self.matrix = nn.Linear(256, 9)
+        nn.init.zeros_(self.matrix.weight)
+        with torch.no_grad():
+            self.matrix.bias.copy_(torch.eye(3).flatten())
+
+    def forward(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Transform ``(B, N, 3)``."""
+        code = F.leaky_relu(self.pool(self.edges(points, mask), mask), SLOPE)
+        matrix = self.matrix(self.head(code)).unflatten(-1, (3, 3))
+        with torch.autocast(points.device.type, enabled=False):  # neighbours hang on these points
+            return points @ matrix.to(points.dtype)
+
+
+class DGCNNParts(PartPredictor):
+    """Aligned points, three edge convolutions, and their features beside a code of the cloud.
+
+    Args:
+        num_parts: Number of logits of each point.
+        num_categories: Length of the category one-hot; 0 for a network without it.
+        k: Neighbours of a point, itself among them; a smaller cloud is refused with an InputError.
+        embedding: Width of the layer that is pooled into the code of the cloud.
+        dropout: After the first and the second layer of the head.
+
+    Raises:
+        InputError: On a number out of range.
+    """
+
+    def __init__(
+        self,
+        num_parts: int,
+        *,
+        num_categories: int = 16,
+        k: int = 40,
+        embedding: int = 1024,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        check_sizes(dropout, num_parts=num_parts, k=k, embedding=embedding)
+        if num_categories < 0:
+            raise InputError(f"num_categories is {num_categories}; choose 0 or more")
+        self.num_parts, self.num_categories, self.k = num_parts, num_categories, k
+        self.embedding, self.dropout = embedding, dropout
+        width = PART_WIDTH
+        self.align = AlignmentNet(k)
+        self.edges = nn.ModuleList(
+            [
+                DeepEdgeConv(3, width, width, k),
+                DeepEdgeConv(width, width, width, k),
+                EdgeConv(width, width, k),
+            ]
+        )
+        self.pool = PooledLinear(3 * width, embedding, bias=False)
+        self.category = Layer(num_categories, width) if num_categories else None
+        self.joint = Layer(embedding + (width if num_categories else 0) + 3 * width, 256)
+        self.head = nn.ModuleList([Layer(256, 256), Layer(256, 128)])
+        self.logits = nn.Linear(128, num_parts, bias=False)
+
+    @property
+    def hyperparameters(self) -> dict[str, object]:
+        return {
+            "num_parts": self.num_parts,
+            "num_categories": self.num_categories,
+            "k": self.k,
+            "embedding": self.embedding,
+            "dropout": self.dropout,
+        }
+
+    def predict(
+        self,
+        points: Tensor,
+        mask: Tensor | None,
+        normals: Tensor | None,
+        category: Tensor | None,
+    ) -> Tensor:
+        _check_count(points, mask, self.k)
+        local = _levels(self.edges, self.align(points, mask), mask)
+        code = F.leaky_relu(self.pool(local, mask), SLOPE)
+        if self.category is not None:
+            code = torch.cat((code, self.category(category)), dim=-1)
+        joint = linear_of_parts(self.joint.linear, code[:, None], local)
+        features = self.joint.activate(joint, mask)
+        for layer in self.head:
+            features = layer(F.dropout(features, self.dropout, self.training), mask)
+        return self.logits(features)
+
+
+def _levels(edges: nn.ModuleList, features: Tensor, mask: Tensor | None) -> Tensor:
+    """What each edge convolution makes of the one before, side by side."""
+    levels = []
+    for convolution in edges:
+        features = convolution(features, mask)
+        levels.append(features)
+    return torch.cat(levels, dim=-1)
+
+
+def _check_count(points: Tensor, mask: Tensor | None, k: int) -> None:
+    smallest = points.shape[1]
+    if mask is not None and len(mask) and not torch.compiler.is_compiling():
+        smallest = int(mask.sum(dim=1).min())
+    if smallest < k:
+        raise InputError(
+            f"DGCNN looks at k = {k} neighbours, but a cloud has {smallest} points: "
+            "sample more points, or build the network with a smaller k"
+        )
