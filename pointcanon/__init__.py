@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pointcanon import (
     canonicalizers,
     coordinates,
+    energies,
     losses,
     neighbors,
     predictors,
@@ -46,6 +47,7 @@ __all__ = [
     "UsageError",
     "canonicalizers",
     "coordinates",
+    "energies",
     "load",
     "losses",
     "neighbors",

@@ -8,14 +8,42 @@ from __future__ import annotations
 from pointcanon import checkpoint
 from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.canonicalizers.identity import Identity
+from pointcanon.canonicalizers.manhattan import Manhattan
 from pointcanon.canonicalizers.optimized import Optimized
+from pointcanon.canonicalizers.orbit import Orbit
 from pointcanon.canonicalizers.pca import PCA
+from pointcanon.canonicalizers.search import Search
+from pointcanon.canonicalizers.steerable import Steerable
+from pointcanon.canonicalizers.union import Union
 from pointcanon.canonicalizers.vector_neuron import VectorNeuron
 
-__all__ = ["CANONICALIZERS", "PCA", "Canonicalizer", "Identity", "Optimized", "VectorNeuron"]
+__all__ = [
+    "CANONICALIZERS",
+    "PCA",
+    "Canonicalizer",
+    "Identity",
+    "Manhattan",
+    "Optimized",
+    "Orbit",
+    "Search",
+    "Steerable",
+    "Union",
+    "VectorNeuron",
+]
 
 CANONICALIZERS: dict[str, type[Canonicalizer]] = {
-    cls.__name__: cls for cls in (Identity, PCA, VectorNeuron, Optimized)
+    cls.__name__: cls
+    for cls in (
+        Identity,
+        PCA,
+        Manhattan,
+        VectorNeuron,
+        Steerable,
+        Union,
+        Orbit,
+        Optimized,
+        Search,
+    )
 }
 """Every canonicalizer by its name in recipes and checkpoints."""
 

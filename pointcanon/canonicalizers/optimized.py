@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pointcanon import clouds
 from pointcanon.canonicalizers.base import Canonicalizer
+from pointcanon.canonicalizers.manhattan import Manhattan
 from pointcanon.canonicalizers.pca import PCA
+from pointcanon.canonicalizers.union import Union
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
 from pointcanon.rotations import gram_schmidt
@@ -22,15 +25,25 @@ TILE = 1 << 18
 """Activations held at once while looking for maxima; a megabyte in float32 stays in cache."""
 
 
+SCORER_LESSONS, REFINER_LESSONS = 8, 4
+"""Candidates of a cloud from which the networks learn in a step, on average."""
+
+
 class PoseNet(nn.Module):
-    """A small PointNet that looks at a posed cloud: shared layers, a maximum, a dense head.
+    """A small PointNet that looks at posed clouds: shared layers, a maximum, a dense head.
 
-    A maximum has a gradient only at the points that attain it, so the network looks at all points
-    without recording anything, in tiles that stay in cache, and then once more at the critical
-    ones alone: same values and gradients, at a memory and backward cost that do not grow with N.
+    Many poses of each cloud are looked at and few of them teach anything, so learning is sparse:
 
-    No normalisation depends on the batch: the same network sees candidate poses of very different
-    distributions, and one set of running statistics could not serve them all.
+    - A maximum has a gradient only at the points that attain it. The network looks at all points
+      without recording anything, in tiles that stay in cache, and in the backward pass at the
+      critical ones alone.
+    - Of the M clouds only ``lessons`` are looked at in the backward pass, sampled in proportion to
+      the norm of their gradient and weighted so that the gradient of the weights is unbiased.
+    - While learning, the maxima are located in bfloat16 where the processor multiplies that fast.
+
+    The points are taken as given: no gradient flows to them. No normalisation depends on the
+    batch: the same network sees candidate poses of very different distributions, and one set of
+    running statistics could not serve them all.
 
     Args:
         widths: Of the shared per-point layers, at least two.
@@ -56,56 +69,134 @@ class PoseNet(nn.Module):
             nn.Linear(widths[-1], outputs),
         )
 
-    def forward(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(M, N, 3)`` posed clouds to ``(M, outputs)``."""
-        learning = torch.is_grad_enabled()
-        with torch.no_grad():
-            values, critical = self._maximum(points, mask, locate=learning)
-        if critical is not None:
-            index = critical[..., None].expand(-1, -1, 3)
-            features = self.shared(points.gather(1, index))
-            values = (features * self.peak.weight).sum(dim=-1) + self.peak.bias
-        # the activation is monotone, so it follows the maximum, on one row instead of N
-        return self.head(values.relu())
+    def forward(
+        self, points: Tensor, mask: Tensor | None = None, lessons: int | None = None
+    ) -> Tensor:
+        """``(M, N, 3)`` posed clouds to ``(M, outputs)``; ``lessons`` of them teach, None: all."""
+        if not torch.is_grad_enabled():
+            return self._answer(points, mask)
+        return cast(Tensor, _SparseLesson.apply(self, points, mask, lessons, *self.parameters()))
 
-    def _maximum(
-        self, points: Tensor, mask: Tensor | None, locate: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Largest value of each channel ``(M, C)`` and the point that attains it ``(M, C)``."""
+    def _answer(self, points: Tensor, mask: Tensor | None) -> Tensor:
+        """The answer with nothing recorded."""
+        # the activation is monotone, so it follows the maximum, on one row instead of N
+        largest = [features.amax(dim=1) for features in self._features(points, mask)]
+        return self.head(torch.cat(largest).to(points.dtype).relu())
+
+    def _recorded_answer(self, points: Tensor, mask: Tensor | None) -> Tensor:
+        """The answer as a function of the critical points, recorded for a backward pass."""
+        with torch.no_grad():
+            critical = torch.cat([f.argmax(dim=1) for f in self._features(points, mask)])
+        points = points.gather(1, critical[..., None].expand(-1, -1, 3))
+        dtype = self._dtype(points)
+        with torch.autocast(points.device.type, dtype=dtype, enabled=dtype != points.dtype):
+            features = self.shared(points)
+            values = (features * self.peak.weight.to(features)).sum(dim=-1, dtype=points.dtype)
+        return self.head((values + self.peak.bias).relu())
+
+    def _features(self, points: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        """Features of each point before the maximum ``(m, N, C)``, a tile of clouds at a time."""
+        dtype = self._dtype(points)
+        layers = [layer for layer in (*self.shared, self.peak) if isinstance(layer, nn.Linear)]
+        weights = [(layer.weight.to(dtype), layer.bias.to(dtype)) for layer in layers]
         rows = max(1, TILE // (points.shape[1] * self.peak.out_features))
-        values, critical = [], []
         for start in range(0, max(1, len(points)), rows):
             tile = slice(start, start + rows)
-            features = self.peak(self.shared(points[tile]))
+            features = points[tile].to(dtype)
+            for weight, bias in weights[:-1]:
+                features = functional.linear(features, weight, bias).relu_()
+            features = functional.linear(features, *weights[-1])
             if mask is not None:
                 features = features.masked_fill(~mask[tile, :, None], -torch.inf)
-            if locate:
-                largest = features.max(dim=1)
-                values.append(largest.values)
-                critical.append(largest.indices)
-            else:  # several times as fast
-                values.append(features.amax(dim=1))
-        return torch.cat(values), torch.cat(critical) if locate else None
+            yield features
+
+    def _dtype(self, points: Tensor) -> torch.dtype:
+        """While learning, bfloat16 where the processor multiplies that several times as fast."""
+        return torch.bfloat16 if self.training and _fast_bfloat16(points) else points.dtype
+
+
+class _SparseLesson(torch.autograd.Function):
+    """A look whose backward pass repeats it for a sample of the clouds only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        network: PoseNet,
+        points: Tensor,
+        mask: Tensor | None,
+        lessons: int | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.network, ctx.lessons = network, lessons
+        ctx.save_for_backward(points, mask)
+        return network._answer(points, mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        points, mask = ctx.saved_tensors
+        rows, scale = _sample_rows(gradient, ctx.lessons)
+        parameters = list(ctx.network.parameters())
+        with torch.enable_grad():
+            answer = ctx.network._recorded_answer(
+                points[rows], None if mask is None else mask[rows]
+            )
+            gradients = torch.autograd.grad(
+                answer, parameters, gradient[rows] * scale[:, None], allow_unused=True
+            )
+        return None, None, None, None, *gradients
+
+
+def _sample_rows(gradient: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+    """At most ``count`` rows, drawn in proportion to their norm, and their unbiased weights.
+
+    Systematic sampling: one random offset, equal strides along the cumulated norms. A row that is
+    hit several times comes back once, with its hits in its weight.
+    """
+    size = gradient.norm(dim=1).to(torch.float64)
+    if count is None or count >= len(size):
+        rows = size.nonzero()[:, 0]
+        return rows, torch.ones_like(rows, dtype=gradient.dtype)
+    total = size.sum()
+    offset = torch.rand((), dtype=torch.float64, device=size.device)
+    marks = (torch.arange(count, device=size.device) + offset) * (total / count)
+    hit = torch.searchsorted(size.cumsum(0), marks).clamp_max(len(size) - 1)
+    rows, hits = hit.unique(return_counts=True)
+    scale = hits * total / (count * size[rows].clamp_min(torch.finfo(torch.float64).tiny))
+    return rows, scale.to(gradient.dtype)
+
+
+def _fast_bfloat16(tensor: Tensor) -> bool:
+    if tensor.dtype != torch.float32:
+        return False
+    if tensor.is_cuda:
+        return torch.cuda.is_bf16_supported()
+    return tensor.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 class Optimized(Canonicalizer):
-    """Score the poses a coarse frame proposes, keep the best, refine them.
+    """Score the poses a coarse frame proposes, look at the best more closely, mend them.
 
     The proposals are exactly equivariant, so each posed cloud is invariant, and whatever an
     ordinary network says of it is invariant too: the whole stays exactly equivariant on generic
     clouds. This is optimised canonicalization (Panigrahi & Mondal, arXiv 2405.14089) with its group
-    replaced by the candidates of a coarse frame, which carries it to continuous rotations.
+    replaced by the candidates of coarse frames, which carries it to continuous rotations.
 
-    A scorer gives every candidate an energy. A refiner looks at the kept ones ``steps`` times; each
-    time it answers with a residual rotation (two columns, Gram-Schmidt) and a new score.
+    A small scorer looks at every candidate, a larger refiner ``steps`` times at the ``keep`` best.
+    It answers with a residual rotation (two columns, Gram-Schmidt) and with two scores, for the
+    pose as it is and for the mended one, so that a pose that is exact already can stay. Scores add
+    up from look to look.
 
     Args:
-        proposal: Equivariant candidates; the default is ``PCA(24)``.
-        keep: Candidates that are refined and returned, heaviest first.
-        steps: Times the refiner looks at each.
+        proposal: Equivariant candidates; the default is ``Union([Manhattan(), PCA(24)])``.
+        keep: Candidates that the refiner looks at.
+        steps: Times it looks at each.
+        answers: Candidates that are returned, heaviest first.
         scorer_widths: Of the shared layers of the scorer, at least two.
         refiner_widths: Of the shared layers of the refiner, at least two.
-        train_points: Random points of each cloud seen in training; None for all.
+        scorer_points: Points of each cloud that the scorer sees, None for all: random ones in
+            training, in evaluation points spread evenly over the distances from the centre.
+        refiner_points: Random points of each cloud that the refiner sees in training, None for
+            all; in evaluation it sees all.
 
     Raises:
         InputError: On a number that is too small.
@@ -114,25 +205,30 @@ class Optimized(Canonicalizer):
     def __init__(
         self,
         proposal: Canonicalizer | None = None,
-        keep: int = 4,
-        steps: int = 3,
+        keep: int = 8,
+        steps: int = 1,
+        answers: int = 3,
         scorer_widths: Sequence[int] = (32, 64, 128),
-        refiner_widths: Sequence[int] = (64, 128, 256),
-        train_points: int | None = 256,
+        refiner_widths: Sequence[int] = (64, 128, 512),
+        scorer_points: int | None = 256,
+        refiner_points: int | None = 512,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("keep", keep, 1),
             ("steps", steps, 0),
-            ("train_points", train_points, 1),
+            ("answers", answers, 1),
+            ("scorer_points", scorer_points, 1),
+            ("refiner_points", refiner_points, 1),
         ):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; choose at least {least}")
-        self.proposal = PCA(24) if proposal is None else proposal
-        self.keep, self.steps, self.train_points = keep, steps, train_points
+        self.proposal = Union([Manhattan(), PCA(24)]) if proposal is None else proposal
+        self.keep, self.steps, self.answers = keep, steps, answers
+        self.scorer_points, self.refiner_points = scorer_points, refiner_points
         self.scorer_widths, self.refiner_widths = tuple(scorer_widths), tuple(refiner_widths)
         self.scorer = PoseNet(scorer_widths, outputs=1)
-        self.refiner = PoseNet(refiner_widths, outputs=7)
+        self.refiner = PoseNet(refiner_widths, outputs=8)
         for weight in self.refiner.head[-1].parameters():
             nn.init.zeros_(weight)
 
@@ -142,45 +238,57 @@ class Optimized(Canonicalizer):
             "proposal": self.proposal,
             "keep": self.keep,
             "steps": self.steps,
+            "answers": self.answers,
             "scorer_widths": self.scorer_widths,
             "refiner_widths": self.refiner_widths,
-            "train_points": self.train_points,
+            "scorer_points": self.scorer_points,
+            "refiner_points": self.refiner_points,
         }
 
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
-        if self.training and self.train_points is not None:
-            index = _random_index(points, mask, self.train_points)
-            points, mask, normals = _pick(points, index), _pick(mask, index), _pick(normals, index)
         proposals = self.proposal.propose(points, mask, normals)
         unit = clouds.unit_scale(points, mask)
-        scores = proposals.log_weights + self._look(self.scorer, proposals, unit, mask)[..., 0]
-        scored = Frames.of(proposals.rotations, scores, degenerate=proposals.degenerate)
-        stages = [scored]
-        frames = scored.select(self._kept(scored))
+        if self.training:
+            frames = self._score(proposals, *_random_part(unit, mask, self.scorer_points))
+        else:
+            frames = self._score(proposals, *_spread_part(unit, mask, self.scorer_points))
+        stages = [frames]
         for _ in range(self.steps):
-            frames = self._refine_once(unit, frames, mask)
+            frames = self._mend(frames, *self._refined_part(unit, mask))
             stages.append(frames)
-        return replace(frames.best(frames.count), stages=tuple(stages))
+        return replace(frames.best(self.answers), stages=tuple(stages))
 
     def refine(self, points: Tensor, frames: Frames, mask: Tensor | None = None) -> Frames:
-        """One step of the refiner from any frames of clouds ``(B, N, 3)``: nearer poses, weighed.
+        """One look of the refiner from any frames of clouds ``(B, N, 3)``: mended poses, weighed.
 
         The frames' own centre is kept, their weights are replaced.
         """
-        centred = points - frames.centre[:, None]
-        if self.training and self.train_points is not None:
-            index = _random_index(centred, mask, self.train_points)
-            centred, mask = _pick(centred, index), _pick(mask, index)
+        unit = clouds.unit_scale(points - frames.centre[:, None], mask)
         with torch.autocast(points.device.type, enabled=False):
-            return self._refine_once(clouds.unit_scale(centred, mask), frames, mask)
+            answer = self._look(self.refiner, frames, *self._refined_part(unit, mask))
+            weights = answer[..., 1].log_softmax(dim=1)
+            return replace(_turned(frames, answer), log_weights=weights, raw=None, stages=())
 
-    def _refine_once(self, unit: Tensor, frames: Frames, mask: Tensor | None) -> Frames:
-        answer = self._look(self.refiner, frames, unit, mask)
-        residual = gram_schmidt(_near_identity(answer[..., 1:]))
-        # each step is taught by its own loss: no gradient runs through the poses before it
-        turned = frames.rotations.detach() @ residual
-        weights = answer[..., 0].log_softmax(dim=1)
-        return replace(frames, rotations=turned, log_weights=weights, raw=None, stages=())
+    def _score(self, proposals: Frames, unit: Tensor, mask: Tensor | None) -> Frames:
+        lessons = SCORER_LESSONS * len(unit)
+        scores = self._look(self.scorer, proposals, unit, mask, lessons)[..., 0]
+        return Frames.of(
+            proposals.rotations,
+            proposals.log_weights + scores,
+            degenerate=proposals.degenerate,
+        )
+
+    def _mend(self, frames: Frames, unit: Tensor, mask: Tensor | None) -> Frames:
+        """The kept frames as they are and as the refiner mends them, ``2 * keep`` of them."""
+        frames = frames.select(self._kept(frames))
+        answer = self._look(self.refiner, frames, unit, mask, REFINER_LESSONS * len(unit))
+        # each look is taught by its own loss: no gradient runs through those before it
+        weights = frames.log_weights.detach()[..., None] + answer[..., :2]
+        return Frames.of(
+            torch.cat((frames.rotations.detach(), _turned(frames, answer).rotations), dim=1),
+            weights.transpose(1, 2).flatten(1),
+            degenerate=frames.degenerate,
+        )
 
     def _kept(self, scored: Frames) -> Tensor:
         logits = scored.log_weights.detach()
@@ -189,12 +297,28 @@ class Optimized(Canonicalizer):
             logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.topk(min(self.keep, scored.count), dim=1).indices
 
+    def _refined_part(self, points: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return _random_part(points, mask, self.refiner_points if self.training else None)
+
     @staticmethod
-    def _look(network: nn.Module, frames: Frames, points: Tensor, mask: Tensor | None) -> Tensor:
+    def _look(
+        network: PoseNet,
+        frames: Frames,
+        points: Tensor,
+        mask: Tensor | None,
+        lessons: int | None = None,
+    ) -> Tensor:
         posed = frames.apply_vectors(points).detach().flatten(0, 1)
         if mask is not None:
             mask = mask.repeat_interleave(frames.count, dim=0)
-        return network(posed, mask).unflatten(0, (-1, frames.count))
+        answer: Tensor = network(posed, mask, lessons)
+        return answer.unflatten(0, (-1, frames.count))
+
+
+def _turned(frames: Frames, answer: Tensor) -> Frames:
+    """Frames turned by the residual rotations in the last six numbers of ``answer``."""
+    residual = gram_schmidt(_near_identity(answer[..., -6:]))
+    return replace(frames, rotations=frames.rotations.detach() @ residual)
 
 
 def _near_identity(answer: Tensor) -> Tensor:
@@ -203,20 +327,37 @@ def _near_identity(answer: Tensor) -> Tensor:
     return eye + answer.unflatten(-1, (3, 2))
 
 
-def _random_index(points: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """Which points of each cloud to keep ``(B, min(count, N))``, padding only if it must."""
+def _random_part(
+    points: Tensor, mask: Tensor | None, count: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """``count`` points of each cloud and their mask, padding only where there are fewer."""
+    if count is None or count >= points.shape[1]:
+        return points, mask
     order = torch.rand(points.shape[:2], device=points.device)
     if mask is not None:
         order = order + (~mask).to(order.dtype)  # padding last
-    return order.topk(min(count, points.shape[1]), dim=1, largest=False).indices
+    index = order.topk(count, dim=1, largest=False).indices
+    return _pick(points, index), None if mask is None else mask.gather(1, index)
 
 
-@overload
-def _pick(values: Tensor, index: Tensor) -> Tensor: ...
-@overload
-def _pick(values: None, index: Tensor) -> None: ...
-def _pick(values: Tensor | None, index: Tensor) -> Tensor | None:
-    """Entries ``index (B, M)`` of ``values (B, N)`` or ``(B, N, 3)``."""
-    if values is None:
-        return None
-    return values[torch.arange(len(index), device=index.device)[:, None], index]
+def _spread_part(
+    points: Tensor, mask: Tensor | None, count: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """``count`` real points of each cloud, whatever their order: every so many by their radius.
+
+    Where there are fewer, points repeat, which no maximum minds.
+    """
+    if count is None or count >= points.shape[1]:
+        return points, mask
+    radius = points.norm(dim=-1)
+    real = torch.full_like(radius[:, :1], points.shape[1])
+    if mask is not None:
+        radius = torch.where(mask, radius, radius.new_tensor(torch.inf))
+        real = mask.sum(dim=1, keepdim=True).to(radius.dtype)
+    rank = (torch.arange(count, device=points.device) + 0.5) * real / count
+    return _pick(points, radius.argsort(dim=1).gather(1, rank.long())), None
+
+
+def _pick(points: Tensor, index: Tensor) -> Tensor:
+    """Points ``index (B, M)`` of clouds ``(B, N, 3)``."""
+    return points.gather(1, index[..., None].expand(-1, -1, 3))

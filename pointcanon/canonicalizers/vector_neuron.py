@@ -34,7 +34,8 @@ class VectorNeuron(Canonicalizer):
         num_points: Reduce larger clouds to this many farthest points. The chosen points do not
             depend on order or pose, but they can hide an exact symmetry of the full cloud.
         orthonormalise: ``"gram-schmidt"`` of two vectors with a cross product, or ``"svd"``: the
-            rotation nearest to three.
+            rotation nearest to three. Trained with :func:`pointcanon.losses.matrix_fisher_loss`,
+            the three (``frames.raw``) say how sure the frame is (``priors.confidence``).
         normals: Whether the network takes normals as a second vector of each point.
         dropout: Probability of dropping a whole vector before the last layer, in training.
 
@@ -81,7 +82,7 @@ class VectorNeuron(Canonicalizer):
             raise InputError("this canonicalizer was built with normals=True: pass normals too")
         if self.num_points is not None and points.shape[1] > self.num_points:
             points, mask, normals = _thin(points, mask, normals, self.num_points)
-        points = clouds.unit_scale(_centred_exactly(points, mask), mask)
+        points = clouds.unit_scale(clouds.recentre(points, mask), mask)
         index, weights = _neighborhoods(points, self.k, mask)
         channels = [points, normals] if self.normals and normals is not None else [points]
         vectors = self.network(torch.stack(channels, dim=-1), index, weights, mask)
@@ -94,7 +95,7 @@ class VectorNeuron(Canonicalizer):
             frame = rotations.gram_schmidt(raw)
         else:
             frame = rotations.svd_project(raw)
-        degenerate = rotations.near_singular(raw, size, self.columns) | _collinear(points)
+        degenerate = rotations.near_singular(raw, size, self.columns) | clouds.collinear(points)
         return Frames.of(frame, degenerate=degenerate, raw=raw[:, None])
 
 
@@ -158,24 +159,6 @@ def _thin(
     if mask is not None:
         points = torch.where(mask[..., None], points, points.new_zeros(()))
     return points, mask, None if normals is None else normals.gather(1, index)
-
-
-def _centred_exactly(points: Tensor, mask: Tensor | None) -> Tensor:
-    """Without what rounding left of the mean.
-
-    Rounding of single points averages out over the cloud. That of their centre moves them all
-    alike, which in float32 made up most of the error of a frame.
-    """
-    rest = clouds.centroid(points.to(torch.float64), mask).to(points.dtype)[:, None]
-    return points - (rest if mask is None else torch.where(mask[..., None], rest, 0.0))
-
-
-def _collinear(points: Tensor) -> Tensor:
-    """Whether all points of a centred cloud lie on one line through the origin, ``(B,)`` bool."""
-    tolerance = rotations.DEGENERATE_TOLERANCE[points.dtype]
-    exact = points.detach().to(torch.float64)  # squares of what float32 tells apart
-    moments = torch.linalg.eigvalsh(exact.mT @ exact)
-    return moments[..., 1] <= tolerance**2 * moments[..., 2]
 
 
 def _neighborhoods(points: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:

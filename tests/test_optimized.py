@@ -1,0 +1,182 @@
+"""Ordinary networks over equivariant candidates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pointcanon import rotations, testing
+from pointcanon.canonicalizers import PCA, Canonicalizer, Optimized, VectorNeuron
+from pointcanon.canonicalizers.optimized import PoseNet, _random_part, _spread_part
+from pointcanon.errors import InputError
+from pointcanon.frames import Frames
+from pointcanon.losses import prior_loss, refinement_loss
+from pointcanon.priors import Aligned
+
+SMALL: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+
+
+def plain(network: PoseNet, points: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a PoseNet computes, written plainly."""
+    features = network.peak(network.shared(points))
+    if mask is not None:
+        features = features.masked_fill(~mask[..., None], -torch.inf)
+    return network.head(features.amax(dim=1).relu())
+
+
+def network(dtype: torch.dtype = torch.float64) -> PoseNet:
+    torch.manual_seed(0)
+    return PoseNet((8, 16, 12), outputs=3).to(dtype).eval()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_posenet_equals_its_plain_form(masked: bool) -> None:
+    net, points = network(), testing.generic_clouds(30, 40, dtype=torch.float64)
+    mask = torch.arange(40) < torch.arange(5, 35)[:, None] if masked else None
+    pull = testing.generic_clouds(30, 1, dtype=torch.float64)[:, 0]
+    expected, answer = plain(net, points, mask), net(points, mask)
+    torch.testing.assert_close(answer, expected)
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad((answer * pull).sum(), parameters),
+        torch.autograd.grad((expected * pull).sum(), parameters),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(net(points, mask), expected)
+
+
+def test_sampled_lessons_have_the_gradient_of_all_on_average() -> None:
+    net, points = network(), testing.generic_clouds(30, 20, dtype=torch.float64)
+    pull = testing.generic_clouds(30, 1, dtype=torch.float64)[:, 0]
+    parameters = list(net.parameters())
+    expected = torch.autograd.grad((plain(net, points) * pull).sum(), parameters)
+    runs = 300
+    mean = [torch.zeros_like(p) for p in parameters]
+    for _ in range(runs):
+        sample = torch.autograd.grad((net(points, None, 10) * pull).sum(), parameters)
+        mean = [m + s / runs for m, s in zip(mean, sample, strict=True)]
+    for ours, exact in zip(mean, expected, strict=True):
+        assert (ours - exact).norm() < 0.2 * exact.norm()
+
+
+def test_learning_in_bfloat16_stays_near() -> None:
+    net, points = network(torch.float32).train(), testing.generic_clouds(30, 40)
+    torch.testing.assert_close(net(points), plain(net, points), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0}, "keep is 0; choose at least 1"),
+        ({"steps": -1}, "steps is -1; choose at least 0"),
+        ({"answers": 0}, "answers is 0; choose at least 1"),
+        ({"scorer_points": 0}, "scorer_points is 0; choose at least 1"),
+        ({"scorer_widths": (32,)}, r"widths is \(32,\); give at least two"),
+        ({"refiner_widths": (32, 0)}, r"widths is \(32, 0\)"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Optimized(**options)
+
+
+class Two(Canonicalizer):
+    """Proposes two poses, the second at given odds."""
+
+    def __init__(self, odds: float = 1.0) -> None:
+        super().__init__()
+        self.odds = odds
+
+    def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
+        turns = rotations.group("C2", points.dtype).expand(len(points), 2, 3, 3)
+        weights = torch.tensor([1.0, self.odds]).log().to(points).expand(len(points), 2)
+        return Frames.of(turns, weights)
+
+
+def test_the_odds_of_the_proposals_count() -> None:
+    points = testing.generic_clouds(5, 64)
+    torch.manual_seed(0)
+    even = Optimized(Two(), **SMALL).eval()
+    uneven = Optimized(Two(odds=9.0), **SMALL).eval()
+    uneven.load_state_dict(even.state_dict())
+    first, second = (module(points).stages[0].log_weights for module in (even, uneven))
+    raised = (second - first).diff(dim=1)
+    torch.testing.assert_close(raised, torch.full((5, 1), 9.0).log(), atol=1e-5, rtol=0)
+
+
+def test_untrained_it_answers_with_proposals_as_they_are() -> None:
+    """A fresh refiner mends nothing, and every kept pose comes twice."""
+    points = testing.generic_clouds(5, 64, dtype=torch.float64)
+    torch.manual_seed(0)
+    module = Optimized(PCA(4), keep=2, answers=4, **SMALL).double().eval()
+    frames = module(points)
+    assert frames.rotations.shape == (5, 4, 3, 3)
+    assert [stage.count for stage in frames.stages] == [4, 4]
+    scored = module(points).stages[0].best(2)
+    for pose in range(2):
+        nearest = rotations.geodesic_angle(frames.rotations, scored.rotations[:, pose, None])
+        assert ((nearest < 1e-6).sum(dim=1) == 2).all()
+
+
+def test_a_part_of_the_points_teaches() -> None:
+    points = testing.generic_clouds(4, 40)
+    mask = torch.arange(40) < torch.tensor([[40], [30], [20], [5]])
+    seen, kept = _random_part(points, mask, 16)
+    assert seen.shape == (4, 16, 3)
+    assert kept is not None
+    assert kept.sum(dim=1).tolist() == [16, 16, 16, 5]
+    module = Optimized(VectorNeuron(normals=True), scorer_points=16, refiner_points=8, **SMALL)
+    testing.assert_proper(module.train()(points, mask, points))
+
+
+def test_the_scored_part_is_real_points_spread_over_the_radius() -> None:
+    points = testing.generic_clouds(2, 40)
+    mask = torch.arange(40) < torch.tensor([[40], [30]])
+    seen, kept = _spread_part(points, mask, 10)
+    assert kept is None
+    for cloud, real, part in zip(points, (40, 30), seen, strict=True):
+        order = cloud[:real].norm(dim=-1).argsort()
+        expected = cloud[order[torch.arange(10) * real // 10 + real // 20]]
+        torch.testing.assert_close(part, expected)
+    few, _ = _spread_part(points, mask & (torch.arange(40) < 3), 10)
+    assert (torch.cdist(few, points[:, :3]).amin(dim=-1) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scoring_a_part_is_as_equivariant(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = Optimized(PCA(24), scorer_points=32, **SMALL).to(dtype).eval()
+    points = testing.surface_clouds(100 if dtype == torch.float32 else 25, 200, dtype=dtype)
+    testing.assert_equivariant(module, points)
+    testing.assert_permutation_invariant(module, points)
+    mask = torch.arange(200) < torch.arange(100, 200)[: len(points), None]
+    testing.assert_equivariant(module, points, mask=mask)
+    testing.assert_padding_independent(module, points)
+
+
+def test_it_learns_to_choose_and_to_mend() -> None:
+    """Clouds 30 degrees off their principal axes, of no symmetry."""
+    torch.manual_seed(0)
+    shape = testing.generic_clouds(1, 64)
+    tilted = PCA(1)(shape).rotations[0, 0] @ rotations.from_rotvec(torch.tensor([0.5, 0.0, 0.0]))
+    points = (shape - shape.mean(dim=1)) @ tilted
+    points = points + 0.02 * torch.randn(16, 64, 3)
+    module = Optimized(PCA(4), keep=2, scorer_widths=(16, 32), refiner_widths=(32, 64)).train()
+    optimizer = torch.optim.Adam(module.parameters(), 5e-3)
+    prior = Aligned(50.0)
+    for _ in range(60):
+        turns = rotations.random_rotations(16)
+        turned = points @ turns.mT
+        loss = prior_loss(module(turned), prior, turns)
+        loss = loss + refinement_loss(module, turned, prior, turns, samples=2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    module.eval()
+    turns = rotations.random_rotations(16)
+    found = module(points @ turns.mT).best().rotations[:, 0]
+    angle = torch.rad2deg(rotations.geodesic_angle(found, turns))
+    assert angle.median() < 8
