@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -21,16 +21,25 @@ from pointcanon.errors import UsageError
 if TYPE_CHECKING:
     from pointcanon.datasets.modelnet import ModelNet10, ModelNet40
     from pointcanon.datasets.parametric import ParametricShapes
+    from pointcanon.datasets.rna import RNA
+    from pointcanon.datasets.shapenet_part import ShapeNetPart
 
 __all__ = [
     "REGISTRY",
+    "RNA",
+    "UNLABELLED",
     "CloudDataset",
     "CloudItem",
     "ModelNet10",
     "ModelNet40",
     "ParametricShapes",
+    "PartDataset",
+    "ShapeNetPart",
     "load",
 ]
+
+UNLABELLED = -1
+"""In place of a part, for a point that has none: it counts in no loss and in no metric."""
 
 
 class _CloudItem(TypedDict):
@@ -43,10 +52,12 @@ class CloudItem(_CloudItem, total=False):
     """One cloud, in the shape torch's default collate makes a batch of.
 
     ``points (N, 3)`` float32, ``label`` the index of its class, ``index`` its place in the data
-    set, and, where asked for, ``normals (N, 3)`` float32.
+    set; where asked for, ``normals (N, 3)`` float32; of a :class:`PartDataset`, ``parts (N,)``
+    int64, the part each point belongs to, or ``UNLABELLED``.
     """
 
     normals: Tensor
+    parts: Tensor
 
 
 class CloudDataset(Protocol):
@@ -69,6 +80,22 @@ class CloudDataset(Protocol):
     def __getitem__(self, index: int) -> CloudItem: ...
 
 
+@runtime_checkable
+class PartDataset(CloudDataset, Protocol):
+    """A :class:`CloudDataset` whose points are labelled, for part segmentation.
+
+    The label of a cloud, its class, is what the field calls the category of the shape. Such a data
+    set serves classification as well: what is learned is for the model to say.
+
+    Attributes:
+        parts: The part names, over all classes; a part indexes them.
+        part_ranges: For each class, the parts its points may have.
+    """
+
+    parts: tuple[str, ...]
+    part_ranges: tuple[range, ...]
+
+
 class _Entry(NamedTuple):
     module: str
     name: str
@@ -79,6 +106,8 @@ REGISTRY: dict[str, _Entry] = {
     "modelnet40": _Entry("pointcanon.datasets.modelnet", "ModelNet40"),
     "modelnet10": _Entry("pointcanon.datasets.modelnet", "ModelNet10"),
     "parametric-shapes": _Entry("pointcanon.datasets.parametric", "ParametricShapes", False),
+    "shapenet-part": _Entry("pointcanon.datasets.shapenet_part", "ShapeNetPart"),
+    "rna": _Entry("pointcanon.datasets.rna", "RNA"),
 }
 """Data sets by the name recipes and the command line use."""
 

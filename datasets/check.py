@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pointcanon.datasets.modelnet_layouts import Layout, Ref, layouts_at, require_layout
-from pointcanon.errors import DataError
+from pointcanon.datasets import modelnet_layouts, shapenet_part_layouts
+from pointcanon.datasets.modelnet_layouts import Layout, Ref
+from pointcanon.datasets.rna import RnaFile, rna_file_at
+from pointcanon.datasets.shapenet_part_layouts import PartLayout
+from pointcanon.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["DataReport", "Place", "check"]
 
-SPLITS = ("train", "test")
-"""The official splits; ``"val"`` is taken from train."""
+Reader = Layout | PartLayout | RnaFile
+Scan = Iterator[tuple[Ref, bytes | DataError]]
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,10 @@ class DataReport:
 
     Attributes:
         root: The folder of the layout.
-        dataset: ``"ModelNet40"`` or ``"ModelNet10"``.
-        layout: ``"h5"``, ``"off"`` or ``"txt"``.
+        dataset: ``"ModelNet40"``, ``"ModelNet10"``, ``"ShapeNetPart"`` or ``"RNA"``.
+        layout: ``"h5"``, ``"off"``, ``"txt"``, ``"pyg"`` or ``"npz"``.
         coordinate_frame: Name of the frame of its files.
-        counts: Readable clouds by split and class.
+        counts: Readable clouds by official split and class.
         missing: By split, what should be there and is not: listed files, classes without meshes.
         duplicates: Groups of clouds with the same content.
         unreadable: By file (and row), what is wrong with it.
@@ -81,10 +85,10 @@ class DataReport:
         console.print(escape(f"{self.dataset} at {self.root}"), soft_wrap=True)
         table = Table(show_footer=True)
         table.add_column("class", footer="all")
-        for split in SPLITS:
-            table.add_column(split, justify="right", footer=f"{self.totals[split]:,}")
-        for name in self.counts[SPLITS[0]]:
-            table.add_row(name, *(f"{self.counts[split][name]:,}" for split in SPLITS))
+        for split, total in self.totals.items():
+            table.add_column(split, justify="right", footer=f"{total:,}")
+        for name in next(iter(self.counts.values())):
+            table.add_row(name, *(f"{counts[name]:,}" for counts in self.counts.values()))
         console.print(table)
         console.print(f"layout {self.layout}, coordinate frame {self.coordinate_frame}")
         for line in self._findings():
@@ -94,9 +98,10 @@ class DataReport:
         for split, names in self.missing.items():
             if names:
                 yield f"missing from {split}: {len(names):,} (first: {names[0]})"
+        across = "both train and test" if len(self.counts) == 2 else "more than one split"
         yield (
             f"duplicates: {len(self.duplicates):,} groups of equal clouds, "
-            f"{len(self.shared):,} of them in both train and test"
+            f"{len(self.shared):,} of them in {across}"
         )
         for group in self.shared[:5]:
             yield "  " + " = ".join(f"{p.split} {p.cloud} ({p.category})" for p in group)
@@ -106,7 +111,7 @@ class DataReport:
 
 
 def check(root: str | Path, layout: str | None = None) -> DataReport:
-    """Read all of the ModelNet at ``root``, whichever of its layouts that is.
+    """Read all of the data set at ``root``, whichever it is, in whichever of its layouts.
 
     Every file is opened and every cloud looked at, one file in memory at a time; a file or cloud
     that cannot be read is noted and the rest go on.
@@ -119,8 +124,10 @@ def check(root: str | Path, layout: str | None = None) -> DataReport:
         DataError: If there is nothing to check, or more than one thing.
         InputError: On an unknown layout.
     """
-    require_layout(layout)
-    found = layouts_at(root)
+    known = (*modelnet_layouts.LAYOUTS, "pyg", RnaFile.name)
+    if layout not in (None, *known):
+        raise InputError(f"unknown layout {layout!r}; choose one of: {', '.join(known)}")
+    found = _readers(root)
     usable = [reader for reader in found if layout in (None, reader.name)]
     if len(usable) != 1:
         there = ", ".join(f"{reader.folder} ({reader.name})" for reader in found)
@@ -129,20 +136,32 @@ def check(root: str | Path, layout: str | None = None) -> DataReport:
     return _check(usable[0])
 
 
-def _check(reader: Layout) -> DataReport:
+def _readers(root: str | Path) -> list[Reader]:
+    """Of every data set there; that of ModelNet alone says what is wrong with an empty place."""
+    rna = rna_file_at(root)
+    others: list[Reader] = [*shapenet_part_layouts.layouts_at(root), *([rna] if rna else [])]
+    try:
+        return [*modelnet_layouts.layouts_at(root), *others]
+    except DataError:
+        if others:
+            return others
+        raise
+
+
+def _check(reader: Reader) -> DataReport:
     counts: dict[str, Counter[str]] = {}
     missing: dict[str, list[str]] = {}
     unreadable: dict[str, str] = {}
     places: defaultdict[bytes, list[Place]] = defaultdict(list)
-    for split in SPLITS:
+    for split in reader.splits:
         counts[split] = Counter(dict.fromkeys(reader.classes, 0))
         try:
-            files, missing[split] = reader.files(split, reader.classes)
+            scans, missing[split] = _scans(reader, split)
         except DataError as error:
-            files, missing[split] = [], []
+            scans, missing[split] = [], []
             unreadable[f"the list of {split}"] = str(error)
-        for path in files:
-            for cloud, category, content in _clouds(reader, path):
+        for path, scan in scans:
+            for cloud, category, content in _clouds(reader, path, scan):
                 if isinstance(content, DataError):
                     unreadable[cloud] = str(content)
                 else:
@@ -150,7 +169,7 @@ def _check(reader: Layout) -> DataReport:
                     places[content].append(Place(split, cloud, category))
     return DataReport(
         root=str(reader.folder),
-        dataset=f"ModelNet{len(reader.classes)}",
+        dataset=reader.dataset,
         layout=reader.name,
         coordinate_frame=reader.coordinate_frame,
         counts={split: dict(counter) for split, counter in counts.items()},
@@ -160,14 +179,24 @@ def _check(reader: Layout) -> DataReport:
     )
 
 
-def _clouds(reader: Layout, path: Path) -> Iterator[tuple[str, str, bytes | DataError]]:
+def _scans(reader: Reader, split: str) -> tuple[list[tuple[Path, Callable[[], Scan]]], list[str]]:
+    """How to go through each file of a split that is there, and names of those that are not."""
+    if isinstance(reader, RnaFile):
+        return [(reader.path, partial(reader.clouds, split))], []
+    files, missing = reader.files(split, reader.classes)
+    return [(path, partial(reader.scan, path)) for path in files], missing
+
+
+def _clouds(
+    reader: Reader, path: Path, scan: Callable[[], Scan]
+) -> Iterator[tuple[str, str, bytes | DataError]]:
     """Name, class and digest (or error) of the clouds of a file; a file that fails is one entry."""
     try:
-        for ref, content in reader.scan(path):
+        for ref, content in scan():
             yield _inside(reader, ref), ref.category, content
     except DataError as error:
         yield _inside(reader, Ref(path, None, "")), "", error
 
 
-def _inside(reader: Layout, ref: Ref) -> str:
+def _inside(reader: Reader, ref: Ref) -> str:
     return str(ref._replace(path=ref.path.relative_to(reader.folder)))

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from pointcanon import coordinates
+from pointcanon.datasets import CloudItem
 from pointcanon.datasets.parametric import CATEGORIES, ParametricShapes
 from pointcanon.datasets.parametric import primitives as shape
-from pointcanon.datasets.parametric.dataset import ParametricItem
 from pointcanon.datasets.parametric.shapes import Draw
 from pointcanon.errors import InputError
 
@@ -48,13 +48,13 @@ def objects(per_category: int) -> list[tuple[str, list[tuple[str, np.ndarray]]]]
     ]
 
 
-def items(data: ParametricShapes) -> Iterator[ParametricItem]:
+def items(data: ParametricShapes) -> Iterator[CloudItem]:
     return (data[i] for i in range(len(data)))
 
 
 @pytest.fixture(scope="module")
 def shapes() -> ParametricShapes:
-    return ParametricShapes("train", size=160, normals=True, parts=True)
+    return ParametricShapes("train", size=160, normals=True)
 
 
 # ---- surfaces ----
@@ -206,7 +206,7 @@ def test_items(shapes: ParametricShapes) -> None:
     assert item["parts"].shape == (1024,)
     assert item["parts"].dtype == torch.int64
     assert (item["label"], item["index"]) == (5, 5)
-    assert set(ParametricShapes("train", size=1)[0]) == {"points", "label", "index"}
+    assert set(ParametricShapes("train", size=1)[0]) == {"points", "label", "index", "parts"}
     assert shapes[-1]["index"] == 159
     with pytest.raises(IndexError):
         shapes[160]
@@ -233,15 +233,15 @@ def test_clouds_are_centred_in_the_unit_ball_with_unit_normals(shapes: Parametri
 
 
 def test_part_ids_are_those_of_the_category(shapes: ParametricShapes) -> None:
-    assert len(set(shapes.part_names)) == len(shapes.part_names)
-    spans = [shapes.category_parts[name] for name in shapes.classes]
-    assert list(itertools.chain(*spans)) == list(range(len(shapes.part_names)))
+    assert len(set(shapes.parts)) == len(shapes.parts)
+    spans = shapes.part_ranges
+    assert list(itertools.chain(*spans)) == list(range(len(shapes.parts)))
     for item in items(shapes):
         name = shapes.classes[item["label"]]
         seen = set(item["parts"].tolist())
-        assert seen <= set(shapes.category_parts[name])
+        assert seen <= set(shapes.part_ranges[item["label"]])
         assert len(seen) >= 2
-        assert all(shapes.part_names[i].startswith(f"{name}/") for i in seen)
+        assert all(shapes.parts[i].startswith(f"{name}/") for i in seen)
 
 
 def test_parts_are_where_they_belong(shapes: ParametricShapes) -> None:
@@ -257,7 +257,7 @@ def test_parts_are_where_they_belong(shapes: ParametricShapes) -> None:
         "stool/seat": "stool/leg",
         "hammer/head": "hammer/handle",
     }
-    ids = {name: i for i, name in enumerate(shapes.part_names)}
+    ids = {name: i for i, name in enumerate(shapes.parts)}
     for upper, lower in above.items():
         label = shapes.classes.index(upper.split("/")[0])
         for index in np.flatnonzero(shapes.labels == label).tolist():
@@ -279,7 +279,7 @@ def test_defaults_are_balanced_and_labels_need_no_clouds() -> None:
 
 
 def test_an_item_depends_on_seed_split_and_index_only(shapes: ParametricShapes) -> None:
-    other = ParametricShapes("train", size=40, normals=True, parts=True)
+    other = ParametricShapes("train", size=40, normals=True)
     for index in (39, 0, 17):  # another size, another order
         a, b = shapes[index], other[index]
         assert all(torch.equal(a[key], b[key]) for key in ("points", "normals", "parts"))
@@ -354,10 +354,10 @@ def test_frames_are_converted(shapes: ParametricShapes, frame: str) -> None:
 def test_up_is_z_and_follows_the_frame() -> None:
     """A bottle's axis of revolution is its long one, and its cap is on top."""
     for frame, axis in {"z-up": 2, "y-up": 1, "y-up-mirrored": 1}.items():
-        data = ParametricShapes("train", num_points=4096, parts=True, coordinate_frame=frame)
+        data = ParametricShapes("train", num_points=4096, coordinate_frame=frame)
         item = data[data.classes.index("bottle")]
         assert int(item["points"].var(dim=0).argmax()) == axis
-        cap = item["points"][item["parts"] == data.part_names.index("bottle/cap")]
+        cap = item["points"][item["parts"] == data.parts.index("bottle/cap")]
         assert cap[:, axis].min() > 0.5
 
 
@@ -384,9 +384,7 @@ def test_other_categories_have_an_orientation() -> None:
 
 @pytest.mark.parametrize("frame", ["z-up", "y-up-mirrored"])
 def test_mesh_is_the_surface_the_cloud_lies_on(frame: str) -> None:
-    data = ParametricShapes(
-        "train", size=16, num_points=200, normals=True, parts=True, coordinate_frame=frame
-    )
+    data = ParametricShapes("train", size=16, num_points=200, normals=True, coordinate_frame=frame)
     for index in range(16):
         item, mesh = data[index], data.mesh(index)
         assert mesh.is_winding_consistent

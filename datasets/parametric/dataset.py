@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from pointcanon.errors import InputError
 if TYPE_CHECKING:
     import trimesh
 
-__all__ = ["ParametricItem", "ParametricShapes", "Split"]
+__all__ = ["ParametricShapes", "Split"]
 
 Split = Literal["train", "val", "test", "trainval"]
 
@@ -32,19 +31,12 @@ _NATIVE_FRAME = coordinates.coordinate_frame("z-up")
 _CLASSES = tuple(CATEGORIES)
 
 
-def _category_parts() -> dict[str, range]:
-    """The global part ids of every category: consecutive, in the order of the categories."""
+def _part_ranges() -> tuple[range, ...]:
+    """The part ids of every category: consecutive, in the order of the categories."""
     counts = [len(category.parts) for category in CATEGORIES.values()]
-    return {
-        name: range(end - count, end)
-        for name, count, end in zip(_CLASSES, counts, accumulate(counts), strict=True)
-    }
-
-
-class ParametricItem(CloudItem, total=False):
-    """A :class:`CloudItem` that may carry ``parts (N,)`` int64, the part id of every point."""
-
-    parts: Tensor
+    return tuple(
+        range(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)
+    )
 
 
 class _Cloud(NamedTuple):
@@ -53,7 +45,7 @@ class _Cloud(NamedTuple):
     parts: Tensor
 
 
-class ParametricShapes(Dataset[ParametricItem]):
+class ParametricShapes(Dataset[CloudItem]):
     """Objects of everyday kinds, upright, facing +x, centred and in the unit ball.
 
     Item ``i`` is a function of ``(seed, split, i)`` alone (and of ``num_points``): the same in
@@ -63,9 +55,8 @@ class ParametricShapes(Dataset[ParametricItem]):
     the surfaces of all parts, the little that lies inside other parts included. Clouds are made
     on first use and kept (32 kB per 1,024 points).
 
-    An item is a dict with ``points (num_points, 3)`` float32, ``label`` int, ``index`` int, and on
-    request ``normals (num_points, 3)`` float32, outward, and ``parts (num_points,)`` int64, global
-    part ids.
+    An item is a dict with ``points (num_points, 3)`` float32, ``label`` int, ``index`` int,
+    ``parts (num_points,)`` int64 and, on request, ``normals (num_points, 3)`` float32, outward.
 
     Args:
         split: ``"train"``, ``"val"``, ``"test"`` or ``"trainval"``.
@@ -73,15 +64,14 @@ class ParametricShapes(Dataset[ParametricItem]):
         size: Number of objects; by default 1,440 / 240 / 480 / 1,680.
         seed: Another seed is another data set of the same kind, without a shared object.
         normals: Whether items carry normals.
-        parts: Whether items carry part ids.
         coordinate_frame: Frame that clouds and meshes are given in.
 
     Attributes:
         name: ``"ParametricShapes"``.
         classes: Names of the classes, alphabetical; a label is an index into them.
         labels: ``(len,)`` int64, known without generating anything.
-        part_names: Names of all parts, ``"chair/leg"``; a part id is an index into them.
-        category_parts: The part ids of each class, by its name.
+        parts: Names of all parts, ``"chair/leg"``; a part id is an index into them.
+        part_ranges: The part ids of each class.
         native_frame: The frame objects are built in, z-up.
         coordinate_frame: The frame of the items.
         layout: ``"generated"``.
@@ -93,10 +83,10 @@ class ParametricShapes(Dataset[ParametricItem]):
     name: str = "ParametricShapes"
     layout: str = "generated"
     native_frame: CoordinateFrame = _NATIVE_FRAME
-    part_names: ClassVar[tuple[str, ...]] = tuple(
+    parts: tuple[str, ...] = tuple(
         f"{name}/{part}" for name, category in CATEGORIES.items() for part in category.parts
     )
-    category_parts: ClassVar[Mapping[str, range]] = _category_parts()
+    part_ranges: tuple[range, ...] = _part_ranges()
 
     def __init__(
         self,
@@ -106,7 +96,6 @@ class ParametricShapes(Dataset[ParametricItem]):
         size: int | None = None,
         seed: int = 0,
         normals: bool = False,
-        parts: bool = False,
         coordinate_frame: str | CoordinateFrame = _NATIVE_FRAME,
     ) -> None:
         if split not in get_args(Split):
@@ -115,7 +104,7 @@ class ParametricShapes(Dataset[ParametricItem]):
         self.split = split
         self.num_points = _at_least(1, "num_points", num_points)
         self.seed = _at_least(0, "seed", seed)
-        self.normals, self.parts = normals, parts
+        self.normals = normals
         self.coordinate_frame = coordinates.coordinate_frame(coordinate_frame)
         self.classes = list(_CLASSES)
         self._items = _items(split, _at_least(1, "size", _SIZES[split] if size is None else size))
@@ -125,21 +114,20 @@ class ParametricShapes(Dataset[ParametricItem]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> ParametricItem:
+    def __getitem__(self, index: int) -> CloudItem:
         index = range(len(self))[index]
         if index not in self._clouds:
             self._clouds[index] = self._sample(index)
         kept = self._clouds[index]
         # clones: a transform that works in place must not reach what is kept
-        item: ParametricItem = {
+        item: CloudItem = {
             "points": kept.points.clone(),
             "label": int(self.labels[index]),
             "index": index,
+            "parts": kept.parts.clone(),
         }
         if self.normals:
             item["normals"] = kept.normals.clone()
-        if self.parts:
-            item["parts"] = kept.parts.clone()
         return item
 
     def mesh(self, index: int) -> trimesh.Trimesh:
@@ -176,8 +164,8 @@ class ParametricShapes(Dataset[ParametricItem]):
         """Triangles ``(T, 3, 3)`` and part ids ``(T,)`` of an object, and the generator after."""
         split, item = self._items[index]
         rng = np.random.default_rng((self.seed, _STREAMS[split], item))
-        name = _CLASSES[self.labels[index]]
-        category, first = CATEGORIES[name], self.category_parts[name].start
+        label = int(self.labels[index])
+        category, first = CATEGORIES[_CLASSES[label]], self.part_ranges[label].start
         pieces = list(category.build(Draw(rng)))
         ids = [first + category.parts.index(part) for part, _ in pieces]
         surface = np.concatenate([piece for _, piece in pieces])
