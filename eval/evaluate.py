@@ -1,4 +1,7 @@
-"""Accuracy under rotation: every figure of a report from one walk through the data."""
+"""Accuracy under rotation: every figure of a report from one walk through the data.
+
+A classifier is scored by its accuracy, a part network by its mIoU; the rest is the same.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -19,19 +22,24 @@ from torch.utils.data import DataLoader, Subset
 
 from pointcanon.canonicalizers import Identity
 from pointcanon.coordinates import coordinate_frame
-from pointcanon.datasets import CloudDataset
+from pointcanon.datasets import CloudDataset, PartDataset
+from pointcanon.datasets.collate import collate
 from pointcanon.errors import CheckpointError, DataError, InputError
 from pointcanon.eval import protocols
 from pointcanon.eval.protocols import Protocol
+from pointcanon.eval.scores import ClassScores, PartScores, Scores, Tally, Trials, tally_for
 from pointcanon.model import Canonicalized
+from pointcanon.predictors.base import PartPredictor
 from pointcanon.rotations import geodesic_angle
 
 __all__ = [
     "AGAIN_SEED",
     "Angles",
+    "ClassScores",
     "Evaluation",
     "FrameQuality",
     "Invariance",
+    "PartScores",
     "Scores",
     "Timing",
     "Trials",
@@ -48,55 +56,6 @@ UPRIGHT_DEGREES = 10.0
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Accuracy in one pass over the data, as shares of 1.
-
-    Attributes:
-        overall_accuracy: Over clouds.
-        mean_class_accuracy: Mean over the classes that have clouds.
-        per_class: By class name; None for a class without clouds.
-    """
-
-    overall_accuracy: float
-    mean_class_accuracy: float
-    per_class: dict[str, float | None]
-
-
-@dataclass(frozen=True)
-class Trials:
-    """What a network scores.
-
-    Attributes:
-        aligned: On the data as they come.
-        turned: One for each seed; empty where the protocol turns nothing.
-    """
-
-    aligned: Scores
-    turned: tuple[Scores, ...]
-
-    @property
-    def mean(self) -> Scores:
-        """Mean over the seeds, or the aligned scores where nothing is turned."""
-        trials = self.turned or (self.aligned,)
-
-        def over_seeds(name: str) -> float | None:
-            shares = [trial.per_class[name] for trial in trials]
-            known = [share for share in shares if share is not None]
-            return fmean(known) if known else None
-
-        return Scores(
-            fmean(trial.overall_accuracy for trial in trials),
-            fmean(trial.mean_class_accuracy for trial in trials),
-            {name: over_seeds(name) for name in self.aligned.per_class},
-        )
-
-    def deviation(self, figure: str) -> float | None:
-        """Sample standard deviation over the seeds of a figure of :class:`Scores`, if several."""
-        values = [getattr(trial, figure) for trial in self.turned]
-        return stdev(values) if len(values) > 1 else None
-
-
-@dataclass(frozen=True)
 class Angles:
     """Quantiles of angles in degrees (linear interpolation between clouds)."""
 
@@ -110,8 +69,9 @@ class Invariance:
     """How far answers depend on the rotation.
 
     Attributes:
-        prediction_flip_rate: Share of clouds whose predicted class changes when the cloud,
-            turned by the first seed, is turned again by an independent rotation of the same pose.
+        prediction_flip_rate: Share of clouds whose predicted class, or of points whose predicted
+            part, changes when the cloud, turned by the first seed, is turned again by an
+            independent rotation of the same pose.
         rotation_error_deg: Angle between the frame found then and the first frame turned along,
             over the clouds that determine a frame; None if no cloud does.
     """
@@ -170,7 +130,9 @@ class Evaluation:
         split: Of it, where it says so.
         coordinate_frame: Frame of the clouds.
         n: Clouds evaluated.
-        num_points: Points of each cloud.
+        num_points: Points of each cloud; None where they differ.
+        restricted: Whether parts were chosen among those of the cloud's class only; None for a
+            classifier.
         protocol: Train and test poses.
         seeds: Of the test rotations; empty where the protocol turns nothing.
         predictor: Class of the network.
@@ -187,7 +149,8 @@ class Evaluation:
     split: str | None
     coordinate_frame: str
     n: int
-    num_points: int
+    num_points: int | None
+    restricted: bool | None
     protocol: Protocol
     seeds: tuple[int, ...]
     predictor: str
@@ -199,13 +162,15 @@ class Evaluation:
     timing: Timing
     versions: dict[str, str]
 
-    def aligned_tax(self, figure: str = "overall_accuracy") -> float | None:
+    def aligned_tax(self, figure: str | None = None) -> float | None:
         """What the canonicalizer costs on data as they come: bare predictor minus canonicalized.
 
-        None where there is no canonicalizer.
+        Args:
+            figure: Of the scores; by default their first. None where there is no canonicalizer.
         """
         if self.bare is None:
             return None
+        figure = figure or self.trials.aligned.FIGURES[0]
         return float(getattr(self.bare.aligned, figure) - getattr(self.trials.aligned, figure))
 
 
@@ -219,18 +184,21 @@ def evaluate(
     device: torch.device | str | None = None,
     num_workers: int = 0,
     limit: int | None = None,
+    restricted: bool = True,
+    max_points: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Measure a classifier on data as they come and under the rotations of a protocol.
+    """Measure a network on data as they come and under the rotations of a protocol.
 
     Every cloud is read once, and posed as it comes, once for each seed, and once more to see
     whether the answer stays. The predictor alone is measured beside the canonicalized model.
     Nothing is random but what the seeds say.
 
     Args:
-        model: A :class:`Canonicalized`, or any classifier from clouds ``(B, N, 3)`` to logits
-            ``(B, C)``. It is moved to ``device`` and left in the mode it was in.
-        dataset: Clouds of one size with their classes.
+        model: A :class:`Canonicalized`; or a :class:`~pointcanon.predictors.PartPredictor`; or any
+            classifier from clouds ``(B, N, 3)`` to logits ``(B, C)``. It is moved to ``device`` and
+            left in the mode it was in.
+        dataset: Clouds with their classes and, for a part network, their parts.
         protocol: Such as ``"z/SO3"``; only the test pose does anything here.
         seeds: Of the test rotations.
         batch_size: Clouds at once.
@@ -238,10 +206,14 @@ def evaluate(
         num_workers: Processes that read the data; 0 reads here.
         limit: Use this many clouds, spread evenly over the data set, each turned as it is in the
             whole.
+        restricted: A part network chooses among the parts of the cloud's class, which it is told,
+            rather than among all.
+        max_points: Of a part network at once; see :meth:`Canonicalized.predict_in`.
         progress: Show a bar on standard error, where that is a terminal.
 
     Raises:
-        CheckpointError: If the model was trained in another coordinate frame or on other classes.
+        CheckpointError: If the model was trained in another coordinate frame or on other classes,
+            or needs parts or normals that the data set does not give.
         DataError: If the data set is empty.
         InputError: On an argument that cannot be met, or a model that answers NaN or infinity.
         UsageError: On an unknown protocol.
@@ -256,31 +228,37 @@ def evaluate(
     check_fit(model, dataset)
     if not isinstance(model, Canonicalized):
         model = Canonicalized(model, Identity())
-    classes = list(dataset.classes)
+    if max_points is not None and not model.segments:
+        raise InputError("max_points is for part networks: leave it out for a classifier")
+
+    def tally(poses: int) -> Tally:
+        return tally_for(dataset, poses, parts=model.segments, restricted=restricted)
 
     turns = _turns(protocol, dataset, seeds)
     loader: DataLoader[Any] = DataLoader(
         Subset(dataset, chosen),  # type: ignore[arg-type]
         batch_size,
         num_workers=num_workers,
+        collate_fn=collate,
         generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
     )
     with _evaluating(model, device) as like, _shown(loader, progress) as batches:
-        walk = _walk(model, batches, turns, like, len(classes))
-    found, label = walk.model, walk.label
+        walk = _walk(model, batches, turns, like, tally, max_points)
+    found = walk.frames
     return Evaluation(
         dataset=dataset.name,
         split=getattr(dataset, "split", None),
         coordinate_frame=str(dataset.coordinate_frame),
         n=len(chosen),
         num_points=walk.num_points,
+        restricted=restricted if model.segments else None,
         protocol=protocol,
         seeds=tuple(seeds),
         predictor=type(model.predictor).__name__,
         canonicalizer=type(model.canonicalizer).__name__,
-        trials=_trials(found, label, classes, len(seeds)),
-        bare=_trials(walk.bare, label, classes, len(seeds)) if walk.bare else None,
-        invariance=_invariance(found, turns[:, chosen]) if seeds else None,
+        trials=walk.tally.trials(len(seeds)),
+        bare=walk.bare.trials(len(seeds)) if walk.bare else None,
+        invariance=_invariance(walk, turns[:, chosen]) if seeds else None,
         frames=_frame_quality(found, turns[:, chosen], dataset.coordinate_frame.up_axis),
         timing=_timing(found, like.device, batch_size),
         versions=_versions(),
@@ -288,13 +266,15 @@ def evaluate(
 
 
 def check_fit(model: nn.Module, dataset: CloudDataset) -> None:
-    """Refuse a model that was trained in another coordinate frame, or on other classes.
+    """Refuse a model that was trained in another coordinate frame, on other classes, or on parts or
+    normals where there are none.
 
     What a model does not say of itself is not checked.
 
     Raises:
         CheckpointError: Naming both and the remedy.
     """
+    predictor = model.predictor if isinstance(model, Canonicalized) else model
     names, theirs = getattr(model, "classes", None), list(dataset.classes)
     if names is not None and list(names) != theirs:
         if len(names) != len(theirs):
@@ -303,17 +283,41 @@ def check_fit(model: nn.Module, dataset: CloudDataset) -> None:
             place = next(i for i, name in enumerate(names) if name != theirs[i])
             difference = f"{names[place]!r} as class {place}, {dataset.name} has {theirs[place]!r}"
         raise CheckpointError(f"the model was trained with {difference}: use it with its own data")
-    outputs = getattr(model, "num_classes", None)
-    if outputs is not None and outputs != len(theirs):
-        raise CheckpointError(
-            f"the model has {outputs} outputs, {dataset.name} has {len(theirs)} classes: "
-            "use it with its own data"
-        )
+    if isinstance(predictor, PartPredictor):
+        _check_parts(predictor, dataset)
+    else:
+        _check_count("outputs", getattr(predictor, "num_classes", None), dataset, "classes", theirs)
     trained, found = getattr(model, "coordinate_frame", None), dataset.coordinate_frame
     if trained is not None and coordinate_frame(trained) != found:
         raise CheckpointError(
             f"the model was trained on {trained} clouds, {dataset.name} is given in {found}: "
             f"convert the data with --data.coordinate_frame {trained}"
+        )
+    for part in model.modules():
+        if getattr(part, "normals", None) is True and getattr(dataset, "normals", None) is False:
+            raise CheckpointError(
+                f"{type(part).__name__} looks at normals, and {dataset.name} is read without: "
+                "give --data.normals true"
+            )
+
+
+def _check_parts(predictor: PartPredictor, dataset: CloudDataset) -> None:
+    if not isinstance(dataset, PartDataset):
+        raise CheckpointError(
+            f"the model labels parts, and {dataset.name} has none: use it with its own data"
+        )
+    _check_count("outputs", predictor.num_parts, dataset, "parts", dataset.parts)
+    if predictor.num_categories:
+        _check_count("categories", predictor.num_categories, dataset, "classes", dataset.classes)
+
+
+def _check_count(
+    what: str, count: int | None, dataset: CloudDataset, of: str, theirs: Sequence[str]
+) -> None:
+    if count is not None and count != len(theirs):
+        raise CheckpointError(
+            f"the model has {count} {what}, {dataset.name} has {len(theirs)} {of}: "
+            "use it with its own data"
         )
 
 
@@ -334,14 +338,13 @@ def chosen_clouds(dataset: CloudDataset, limit: int | None) -> list[int]:
     return [i * size // limit for i in range(limit)]
 
 
-class _Answers(NamedTuple):
-    """What a model says of n clouds in P poses: one batch, or all.
+class _Found(NamedTuple):
+    """The frames of n clouds in P poses, of one batch or of all, and what it took.
 
-    ``predicted (P, n)``, ``rotation (P, n, 3, 3)`` float64, ``degenerate (P, n)``, the number of
-    frames, and by batch and pose the seconds per cloud of the two halves of the model.
+    ``rotation (P, n, 3, 3)`` float64, ``degenerate (P, n)``, the number of frames, and by batch and
+    pose the seconds per cloud of the two halves of the model.
     """
 
-    predicted: Tensor
     rotation: Tensor
     degenerate: Tensor
     frames: int
@@ -351,10 +354,10 @@ class _Answers(NamedTuple):
 class _Walk(NamedTuple):
     """What a walk through the data brings home; ``bare`` is None without a canonicalizer."""
 
-    model: _Answers
-    bare: _Answers | None
-    label: Tensor
-    num_points: int
+    tally: Tally
+    bare: Tally | None
+    frames: _Found
+    num_points: int | None
 
 
 def _walk(
@@ -362,24 +365,35 @@ def _walk(
     batches: Iterable[dict[str, Tensor]],
     turns: Tensor,
     like: Tensor,
-    outputs: int,
+    tally: Callable[[int], Tally],
+    max_points: int | None,
 ) -> _Walk:
     alone = Canonicalized(model.predictor, Identity())
     compare = not isinstance(model.canonicalizer, Identity)
     # the last pass asks whether the model agrees with itself: no matter to the predictor alone
     compared = max(1, len(turns) - 1)
-    found, bare, labels = [], [], []
-    num_points = 0
+    counted, bare = tally(len(turns)), tally(compared)
+    found: list[_Found] = []
+    sizes: set[int] = set()
     for batch in batches:
         clouds = [_turned(batch, turn, like) for turn in turns[:, batch["index"]]]
-        found.append(_over_poses([_ask(model, cloud, batch, outputs) for cloud in clouds]))
+        asked = [_ask(model, cloud, batch, counted.outputs, max_points) for cloud in clouds]
+        answers, frames = zip(*asked, strict=True)
+        counted.update(answers, batch)
+        found.append(_joined(frames, torch.stack))
         if compare:
-            clouds = clouds[:compared]
-            bare.append(_over_poses([_ask(alone, cloud, batch, outputs) for cloud in clouds]))
-        labels.append(batch["label"])
-        num_points = batch["points"].shape[1]
+            asked = [
+                _ask(alone, cloud, batch, counted.outputs, max_points)
+                for cloud in clouds[:compared]
+            ]
+            bare.update([answer for answer, _ in asked], batch)
+        real = batch.get("mask", torch.ones(batch["points"].shape[:2]))
+        sizes |= set(real.sum(dim=1).long().tolist())
     return _Walk(
-        _over_clouds(found), _over_clouds(bare) if compare else None, torch.cat(labels), num_points
+        counted,
+        bare if compare else None,
+        _joined(found, partial(torch.cat, dim=1)),
+        sizes.pop() if len(sizes) == 1 else None,
     )
 
 
@@ -433,39 +447,48 @@ def _shown(loader: DataLoader[Any], progress: bool) -> Iterator[Iterable[dict[st
 
 
 def _turned(batch: dict[str, Tensor], turn: Tensor, like: Tensor) -> dict[str, Tensor]:
-    """The points (and normals) of a batch, turned on the CPU: the same clouds on every device."""
-    return {
-        key: (batch[key] @ turn.mT.to(batch[key])).to(like)
-        for key in ("points", "normals")
-        if key in batch
-    }
+    """A batch turned on the CPU, so as to be the same on every device, where it is then put."""
+
+    def put(key: str, value: Tensor) -> Tensor:
+        if key in ("points", "normals"):
+            return (value @ turn.mT.to(value)).to(like)
+        return value.to(like.device)
+
+    return {key: put(key, value) for key, value in batch.items()}
 
 
 def _ask(
-    model: Canonicalized, cloud: dict[str, Tensor], batch: dict[str, Tensor], outputs: int
-) -> _Answers:
-    points, normals = cloud["points"], cloud.get("normals")
+    model: Canonicalized,
+    cloud: dict[str, Tensor],
+    batch: dict[str, Tensor],
+    outputs: int,
+    max_points: int | None,
+) -> tuple[Tensor, _Found]:
+    """What the model says of a batch in one pose, on the CPU, and the frames it says it in."""
+    points = cloud["points"]
+    geometry = points, cloud.get("mask"), cloud.get("normals")
+    category = cloud["label"] if model.segments else None
     started = _now(points.device)
-    frames = model.canonicalizer(points, None, normals)
+    frames = model.canonicalizer(*geometry)
     posed = _now(points.device)
-    logits = model.predict_in(frames, points, None, normals)
+    answer = model.predict_in(frames, *geometry, category, max_points=max_points)
     done = _now(points.device)
-    if logits.ndim != 2 or logits.shape[1] != outputs:
+    expected = (*points.shape[: 2 if model.segments else 1], outputs)
+    if answer.shape != expected:
         raise CheckpointError(
-            f"the model answers {tuple(logits.shape)} for {len(points)} clouds of {outputs} "
-            "classes: evaluate it on its own data"
+            f"the model answers {tuple(answer.shape)} for {len(points)} clouds of {outputs} "
+            f"{'parts' if model.segments else 'classes'}: evaluate it on its own data"
         )
-    broken = ~logits.isfinite().all(dim=1).cpu()
+    answer = answer.cpu()
+    broken = ~answer.isfinite().all(dim=-1)
+    if model.segments:
+        broken = (broken & batch.get("mask", torch.tensor(True))).any(dim=1)
     if bool(broken.any()):
         place = int(batch["index"][broken][0])
         raise InputError(f"the model answers NaN or infinity for cloud {place}; check its weights")
-    return _Answers(
-        logits.argmax(dim=1).cpu(),
-        frames.best().rotations[:, 0].double().cpu(),
-        frames.degenerate.cpu(),
-        frames.count,
-        [((posed - started) / len(points), (done - posed) / len(points))],
-    )
+    seconds = (posed - started) / len(points), (done - posed) / len(points)
+    rotation = frames.best().rotations[:, 0].double().cpu()
+    return answer, _Found(rotation, frames.degenerate.cpu(), frames.count, [seconds])
 
 
 def _now(device: torch.device) -> float:
@@ -474,49 +497,18 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _over_poses(answers: list[_Answers]) -> _Answers:
-    return _joined(answers, torch.stack)
-
-
-def _over_clouds(answers: list[_Answers]) -> _Answers:
-    return _joined(answers, partial(torch.cat, dim=1))
-
-
-def _joined(answers: list[_Answers], join: Callable[[list[Tensor]], Tensor]) -> _Answers:
-    return _Answers(
-        join([answer.predicted for answer in answers]),
-        join([answer.rotation for answer in answers]),
-        join([answer.degenerate for answer in answers]),
-        answers[0].frames,
-        [seconds for answer in answers for seconds in answer.seconds],
+def _joined(found: Sequence[_Found], join: Callable[[list[Tensor]], Tensor]) -> _Found:
+    return _Found(
+        join([frames.rotation for frames in found]),
+        join([frames.degenerate for frames in found]),
+        found[0].frames,
+        [seconds for frames in found for seconds in frames.seconds],
     )
 
 
-def _trials(found: _Answers, label: Tensor, classes: Sequence[str], seeds: int) -> Trials:
-    scores = [_scores(row, label, classes) for row in found.predicted[: 1 + seeds]]
-    return Trials(scores[0], tuple(scores[1:]))
-
-
-def _scores(predicted: Tensor, label: Tensor, classes: Sequence[str]) -> Scores:
-    from torchmetrics.functional.classification import multiclass_accuracy
-
-    overall = multiclass_accuracy(predicted, label, len(classes), average="micro")
-    by_class = multiclass_accuracy(predicted, label, len(classes), average="none")
-    present = label.bincount(minlength=len(classes)) > 0
-    return Scores(
-        overall.item(),
-        # not average="macro": that counts a class without clouds, once predicted, as a zero
-        by_class[present].mean().item(),
-        {
-            name: share if here else None
-            for name, share, here in zip(classes, by_class.tolist(), present.tolist(), strict=True)
-        },
-    )
-
-
-def _invariance(found: _Answers, applied: Tensor) -> Invariance:
+def _invariance(walk: _Walk, applied: Tensor) -> Invariance:
     """From the first seed's pass and the last one, in which those clouds are turned again."""
-    flips = found.predicted[1] != found.predicted[-1]
+    found = walk.frames
     again = applied[-1] @ applied[1].mT
     error = geodesic_angle(again @ found.rotation[1], found.rotation[-1]).rad2deg()
     error = error[~(found.degenerate[1] | found.degenerate[-1])]
@@ -524,10 +516,10 @@ def _invariance(found: _Answers, applied: Tensor) -> Invariance:
     if len(error):
         quantiles = error.quantile(torch.tensor([0.5, 0.99, 1.0], dtype=error.dtype))
         angles = Angles(*quantiles.tolist())
-    return Invariance(flips.double().mean().item(), angles)
+    return Invariance(walk.tally.flips(), angles)
 
 
-def _frame_quality(found: _Answers, applied: Tensor, up: Tensor) -> FrameQuality:
+def _frame_quality(found: _Found, applied: Tensor, up: Tensor) -> FrameQuality:
     """Over the seeds' passes, or the only one."""
     passes = slice(1, -1) if len(applied) > 1 else slice(None)
     rotation, applied = found.rotation[passes], applied[passes]
@@ -543,7 +535,7 @@ def _frame_quality(found: _Answers, applied: Tensor, up: Tensor) -> FrameQuality
     )
 
 
-def _timing(found: _Answers, device: torch.device, batch_size: int) -> Timing:
+def _timing(found: _Found, device: torch.device, batch_size: int) -> Timing:
     canonicalizer, predictor = (1e3 * median(column) for column in zip(*found.seconds, strict=True))
     return Timing(canonicalizer, predictor, str(device), torch.get_num_threads(), batch_size)
 

@@ -6,11 +6,11 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pointcanon.canonicalizers import Identity
 from pointcanon.coordinates import CoordinateFrame, convert
@@ -23,7 +23,7 @@ from pointcanon.model import Canonicalized
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pointcanon.datasets import CloudDataset
+    from pointcanon.datasets import CloudDataset, CloudItem
 
 __all__ = ["canonical_gallery", "gallery"]
 
@@ -64,7 +64,7 @@ def gallery(
             "give as many of each, at least one"
         )
     rows = [
-        [_seen(cloud, coordinate_frame) for cloud in row] for row in (points_before, points_after)
+        [as_seen(cloud, coordinate_frame) for cloud in row] for row in (points_before, points_after)
     ]
 
     # not pyplot: a figure of its own has no global state, and needs no display
@@ -77,7 +77,7 @@ def gallery(
     for column, title in enumerate(titles):
         size = max(float(row[column][:, :2].abs().max()) for row in rows) or 1.0
         for row, panel in zip(rows, panels[:, column], strict=True):
-            _draw(panel, row[column] / size)
+            draw(panel, row[column] / size)
         panels[0, column].set_title(title, fontsize=9)
     for panel, name in zip(panels[:, 0], ("as received", "canonical"), strict=True):
         panel.set_ylabel(name, fontsize=10)
@@ -116,29 +116,42 @@ def canonical_gallery(
         UsageError: On an unknown protocol.
     """
     pose = protocol_named(protocol).test
-    chosen = _of_many_classes(dataset, count)
+    chosen = of_many_classes(dataset, count)
     turns = pose_rotations(pose, len(dataset), dataset.coordinate_frame.up_axis, seed=seed)
-    turned = torch.stack([dataset[i]["points"] @ turns[i].mT for i in chosen])
-    like = next(model.parameters(), turned)
-    points = turned.to(like)
-    answer = model.predict(points)
-    alone = Canonicalized(model.predictor, Identity()).predict(points)
+    clouds = [turned_cloud(dataset[i], turns[i], model) for i in chosen]
+    answers = [model.predict(points, normals=normals) for points, normals in clouds]
+    alone = Canonicalized(model.predictor, Identity())
+    verdicts = [int(answer.labels) for answer in answers]
+    before = [int(alone.predict(points, normals=normals).labels) for points, normals in clouds]
+    received = [points for points, _ in clouds]
+    canonical = [
+        points @ answer.rotation.to(points)
+        for points, answer in zip(received, answers, strict=True)
+    ]
     labels = [int(dataset.labels[i]) for i in chosen]
     gallery(
-        list(turned),
-        list((points @ answer.rotation.to(points)).cpu()),
+        [points[0].cpu() for points in received],
+        [points[0].cpu() for points in canonical],
         [dataset.classes[label] for label in labels],
         path,
         coordinate_frame=dataset.coordinate_frame,
         notes=(
-            _verdicts(alone.labels.tolist(), labels, dataset.classes),
-            _verdicts(answer.labels.tolist(), labels, dataset.classes),
+            _verdicts(before, labels, dataset.classes),
+            _verdicts(verdicts, labels, dataset.classes),
         ),
     )
 
 
-def _of_many_classes(dataset: CloudDataset, count: int) -> list[int]:
-    """The first cloud of ``count`` classes spread over all; then further clouds, in order."""
+def turned_cloud(item: CloudItem, turn: Tensor, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Points of a cloud, and normals where it has them, turned, as a batch of one for a model."""
+    like = next(model.parameters(), item["points"])
+    points, normals = item["points"], item.get("normals")
+    turned = None if normals is None else (normals @ turn.mT)[None].to(like)
+    return (points @ turn.mT)[None].to(like), turned
+
+
+def of_many_classes(dataset: CloudDataset, count: int) -> list[int]:
+    """The first cloud of ``count`` classes spread over all; then further clouds, spread too."""
     if count < 1:
         raise InputError(f"count is {count}; choose at least 1 cloud")
     firsts = np.sort(np.unique(dataset.labels, return_index=True)[1])
@@ -146,7 +159,8 @@ def _of_many_classes(dataset: CloudDataset, count: int) -> list[int]:
         by_class = sorted(firsts.tolist(), key=lambda i: int(dataset.labels[i]))
         return [by_class[i * len(by_class) // count] for i in range(count)]
     rest = np.setdiff1d(np.arange(len(dataset)), firsts)
-    return [*firsts.tolist(), *rest[: count - len(firsts)].tolist()]
+    more = min(count - len(firsts), len(rest))
+    return [*firsts.tolist(), *(int(rest[i * len(rest) // more]) for i in range(more))]
 
 
 def _verdicts(predicted: list[int], labels: list[int], classes: Sequence[str]) -> list[str]:
@@ -156,7 +170,7 @@ def _verdicts(predicted: list[int], labels: list[int], classes: Sequence[str]) -
     ]
 
 
-def _seen(cloud: Tensor, frame: str | CoordinateFrame) -> Tensor:
+def as_seen(cloud: Tensor, frame: str | CoordinateFrame) -> Tensor:
     """A cloud about the middle of its box: right, up and towards the eye, float64, on the CPU."""
     if cloud.ndim != 2 or cloud.shape[-1] != 3 or not len(cloud):
         raise InputError(f"a cloud to draw has shape {tuple(cloud.shape)}, expected (N, 3), N >= 1")
@@ -166,22 +180,26 @@ def _seen(cloud: Tensor, frame: str | CoordinateFrame) -> Tensor:
     return seen - (seen.amin(dim=0) + seen.amax(dim=0)) / 2
 
 
-def _draw(panel: Axes, seen: Tensor) -> None:
-    """A cloud within -1 and 1 across and up, far points first."""
-    right, up, towards = seen[seen[:, 2].argsort()].unbind(dim=1)
+def draw(panel: Axes, seen: Tensor, colours: np.ndarray | None = None) -> None:
+    """A cloud within -1 and 1 across and up, far points first.
+
+    Colours ``(N, 3)`` in [0, 1] fade with the distance; without any, near points are darker.
+    """
+    order = seen[:, 2].argsort()
+    right, up, towards = seen[order].unbind(dim=1)
     depth = float(towards.abs().max()) or 1.0
-    near = (towards / depth + 1) / 2
+    near = ((towards / depth + 1) / 2).numpy()
+    shades: dict[str, Any] = {
+        "c": near,
+        "cmap": "viridis_r",
+        "vmin": -0.15,  # the palest yellow does not show on white
+        "vmax": 1.0,
+    }
+    if colours is not None:
+        shades = {"c": 1 - (1 - colours[order.numpy()]) * (0.55 + 0.45 * near[:, None])}
     density = min(1.0, (1024 / len(seen)) ** 0.5)
-    panel.scatter(
-        right.numpy(),
-        up.numpy(),
-        c=near.numpy(),
-        s=((1.5 + 5 * near) * density).numpy(),
-        cmap="viridis_r",
-        vmin=-0.15,  # the palest yellow does not show on white
-        vmax=1.0,
-        linewidths=0,
-    )
+    sizes = (1.5 + 5 * near) * density
+    panel.scatter(right.numpy(), up.numpy(), s=sizes, linewidths=0, **shades)
     panel.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal", xticks=[], yticks=[])
     panel.spines[:].set_visible(False)
 

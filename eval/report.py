@@ -7,24 +7,38 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pointcanon.eval.evaluate import Evaluation, Scores, Trials
+from pointcanon.eval.evaluate import Evaluation
 from pointcanon.eval.protocols import POSES
+from pointcanon.eval.scores import Scores, Trials
 from pointcanon.files import atomic_write
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 __all__ = ["render", "to_json", "write_json"]
 
-FIGURES = ("overall_accuracy", "mean_class_accuracy")
+HEADINGS = {
+    "overall_accuracy": "overall",
+    "mean_class_accuracy": "mean class",
+    "instance_miou": "instance mIoU",
+    "class_miou": "class mIoU",
+    "point_accuracy": "points",
+    "label_miou": "label mIoU",
+}
+"""Of the columns of a table."""
+
+NAMES = HEADINGS | {"overall_accuracy": "overall accuracy", "point_accuracy": "point accuracy"}
+"""In a sentence."""
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
     """The object that ``pointcanon eval --json`` writes: plain values, never NaN.
 
-    Accuracies, rates and the tax are shares of 1, angles degrees, times milliseconds. What was not
+    Scores, rates and the tax are shares of 1, angles degrees, times milliseconds. What was not
     measured is None: the figures of ``invariance`` where the protocol turns nothing, deviations of
-    a single seed, ``bare`` and ``aligned_tax`` where there is no canonicalizer.
+    a single seed, ``bare`` and ``aligned_tax`` where there is no canonicalizer; so is
+    ``restricted`` for a classifier, and ``num_points`` where clouds differ.
     """
     bare, invariance, timing = evaluation.bare, evaluation.invariance, evaluation.timing
     angles = invariance.rotation_error_deg if invariance else None
@@ -33,13 +47,14 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         "split": evaluation.split,
         "n": evaluation.n,
         "num_points": evaluation.num_points,
+        "restricted": evaluation.restricted,
         "coordinate_frame": evaluation.coordinate_frame,
         "protocol": str(evaluation.protocol),
         "seeds": list(evaluation.seeds),
         "predictor": evaluation.predictor,
         "canonicalizer": evaluation.canonicalizer,
         **_trials(evaluation.trials, evaluation.seeds),
-        "aligned_tax": {figure: evaluation.aligned_tax(figure) for figure in FIGURES}
+        "aligned_tax": {figure: evaluation.aligned_tax(figure) for figure in bare.aligned.FIGURES}
         if bare
         else None,
         "bare": _trials(bare, evaluation.seeds) if bare else None,
@@ -57,13 +72,13 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
 
 def _trials(trials: Trials, seeds: tuple[int, ...]) -> dict[str, Any]:
     return {
-        "metrics": asdict(trials.mean),
-        "metrics_sd": {figure: trials.deviation(figure) for figure in FIGURES},
+        "metrics": trials.mean.to_dict(),
+        "metrics_sd": {figure: trials.deviation(figure) for figure in trials.aligned.FIGURES},
         "per_seed": [
-            {"seed": seed, **{figure: getattr(scores, figure) for figure in FIGURES}}
+            {"seed": seed, **scores.figures}
             for seed, scores in zip(seeds, trials.turned, strict=True)
         ],
-        "aligned": asdict(trials.aligned),
+        "aligned": trials.aligned.to_dict(),
     }
 
 
@@ -81,37 +96,79 @@ def render(evaluation: Evaluation, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    trials, bare, figures = evaluation.trials, evaluation.bare, _shown(evaluation)
     pose, seeds = evaluation.protocol.test, evaluation.seeds
     where = f"{evaluation.dataset} {evaluation.split or ''}".rstrip()
-    title = f"{where}, {evaluation.n:,} clouds of {evaluation.num_points:,} points"
+    size = (
+        "different size" if evaluation.num_points is None else f"{evaluation.num_points:,} points"
+    )
     caption = f"protocol {evaluation.protocol}"
     if seeds:
         caption += f" ({pose}: {POSES[pose]}), seeds {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
         caption += ", mean ± s.d."
-    table = Table(title=escape(title), caption=escape(caption), title_justify="left")
-    table.add_column("accuracy %")
-    for heading in [POSES["I"]] + [f"under {pose}"] * bool(seeds):
-        table.add_column(f"{heading}\noverall", justify="right")
-        table.add_column("\nmean class", justify="right")
-    if evaluation.bare is not None:
-        table.add_row(f"{evaluation.predictor} alone", *_row(evaluation.bare))
-        table.add_row(f"behind {evaluation.canonicalizer}", *_row(evaluation.trials), style="bold")
+    if evaluation.restricted is not None and len(trials.aligned.per_class) > 1:
+        among = "parts of the class" if evaluation.restricted else "all parts"
+        caption += f"; chosen among {among}"
+    table = Table(
+        title=escape(f"{where}, {evaluation.n:,} clouds of {size}"),
+        caption=escape(caption),
+        title_justify="left",
+    )
+    poses = [POSES["I"]] + [f"under {pose}"] * bool(seeds)
+    table.add_column("accuracy %" if evaluation.restricted is None else "parts %")
+    for heading in poses:
+        for place, figure in enumerate(figures):
+            above = "" if place else heading
+            table.add_column(f"{above}\n{HEADINGS[figure]}", justify="right")
+    if bare is not None:
+        table.add_row(f"{evaluation.predictor} alone", *_row(bare, figures))
+        table.add_row(f"behind {evaluation.canonicalizer}", *_row(trials, figures), style="bold")
     else:
-        table.add_row(evaluation.predictor, *_row(evaluation.trials))
+        table.add_row(evaluation.predictor, *_row(trials, figures))
     console.print(table)
+    if evaluation.restricted is not None and len(trials.aligned.per_class) > 1:
+        console.print(_by_class(evaluation, poses))
     for name, text in _findings(evaluation):
         console.print(f"{name:<18} {escape(text)}", soft_wrap=True, highlight=False)
 
 
-def _row(trials: Trials) -> list[str]:
-    cells = [_percent(getattr(trials.aligned, figure)) for figure in FIGURES]
+def _shown(evaluation: Evaluation) -> tuple[str, ...]:
+    """The two figures that the data set is known by."""
+    scores = evaluation.trials.aligned
+    one_class = evaluation.restricted is not None and len(scores.per_class) == 1
+    return ("point_accuracy", "label_miou") if one_class else scores.FIGURES[:2]
+
+
+def _row(trials: Trials, figures: tuple[str, ...]) -> list[str]:
+    cells = [_percent(getattr(trials.aligned, figure)) for figure in figures]
     if trials.turned:
         cells += [
             _with_deviation(getattr(trials.mean, figure), trials.deviation(figure))
-            for figure in FIGURES
+            for figure in figures
         ]
     return cells
+
+
+def _by_class(evaluation: Evaluation, poses: list[str]) -> Table:
+    """The mean IoU of each class that has clouds."""
+    from rich.table import Table
+
+    both = [("alone, ", evaluation.bare), ("", evaluation.trials)]
+    columns = [
+        (whose + pose, scores.per_class)
+        for whose, trials in both
+        if trials is not None
+        for pose, scores in zip(poses, (trials.aligned, trials.mean), strict=False)
+    ]
+    table = Table(title="mIoU % by class", title_justify="left")
+    table.add_column("class")
+    for heading, _ in columns:
+        table.add_column(heading.replace(", ", ",\n"), justify="right")
+    for name, share in evaluation.trials.aligned.per_class.items():
+        if share is not None:
+            table.add_row(name, *(_percent(shares[name] or 0.0) for _, shares in columns))
+    return table
 
 
 def _findings(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -119,14 +176,17 @@ def _findings(evaluation: Evaluation) -> list[tuple[str, str]]:
     frames, timing = evaluation.frames, evaluation.timing
     canonicalized = evaluation.bare is not None
     lines = []
-    tax = evaluation.aligned_tax()
+    figure = _shown(evaluation)[0]
+    tax = evaluation.aligned_tax(figure)
     if tax is not None:
         lines.append(
-            ("aligned tax", f"{100 * tax:+.1f} points of overall accuracy lost as they come")
+            ("aligned tax", f"{100 * tax:+.1f} points of {NAMES[figure]} lost as they come")
         )
     if evaluation.invariance is not None:
         rate = evaluation.invariance.prediction_flip_rate
-        lines.append(("prediction flips", f"{100 * rate:.2f} % when a cloud is turned again"))
+        of_points = "" if evaluation.restricted is None else "of points, "
+        text = f"{100 * rate:.2f} % {of_points}when a cloud is turned again"
+        lines.append(("prediction flips", text))
         angles = evaluation.invariance.rotation_error_deg
         if canonicalized and angles is not None:
             text = f"p50 {angles.p50:.2g}°, p99 {angles.p99:.2g}°, max {angles.max:.2g}°"
@@ -147,7 +207,8 @@ def _findings(evaluation: Evaluation) -> list[tuple[str, str]]:
             f"{timing.total_ms:.2f} ms ({parts}, {passes}; {where}, batch {timing.batch_size})",
         )
     )
-    lines.append(("weakest classes", _weakest(evaluation.trials.mean)))
+    if evaluation.restricted is None:
+        lines.append(("weakest classes", _weakest(evaluation.trials.mean)))
     return lines
 
 

@@ -14,18 +14,22 @@ from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.coordinates import CoordinateFrame
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
+from pointcanon.predictors.base import PartPredictor
 
 __all__ = ["Canonicalized", "Prediction", "load"]
 
 
 class Prediction(NamedTuple):
-    """What :meth:`Canonicalized.predict` answers for B clouds and C classes.
+    """What :meth:`Canonicalized.predict` answers for B clouds.
+
+    A classifier gives each cloud one of C classes; a part network gives each of its N points one of
+    P parts, in the order of the points, and what it says of padded points means nothing.
 
     Attributes:
-        labels: ``(B,)`` int64, the most probable class.
-        probabilities: ``(B, C)``.
+        labels: ``(B,)`` or ``(B, N)`` int64, the most probable class or part.
+        probabilities: ``(B, C)`` or ``(B, N, P)``.
         rotation: ``(B, 3, 3)``, the heaviest frame; it maps canonical to input.
-        confidence: ``(B,)`` in [0, 1], the probability of the label.
+        confidence: As ``labels``, in [0, 1], the probability of the label.
         degenerate: ``(B,)`` bool, True where the cloud does not determine a frame.
     """
 
@@ -40,12 +44,14 @@ class Canonicalized(nn.Module):
     """Pose each cloud by the canonicalizer's frames, predict, vote over the frames.
 
     Args:
-        predictor: Any module from clouds ``(B, N, 3)`` to outputs ``(B, C)``. ``mask`` and
-            ``normals`` are handed on, as keywords, when they are given.
+        predictor: Any module from clouds ``(B, N, 3)`` to outputs ``(B, C)``, one of each cloud, or
+            ``(B, N, P)``, one of each point. ``mask``, ``normals`` and ``category`` are handed on,
+            as keywords, when they are given.
         canonicalizer: Proposes the frames.
-        vote: How the outputs of several frames are joined: ``"probabilities"`` takes outputs as
-            logits and mixes the probabilities; ``"mean"`` averages the outputs as they are (frame
-            averaging). With one frame both leave the output as it is.
+        vote: How the outputs of several frames are joined, cloud by cloud or point by point:
+            ``"probabilities"`` takes outputs as logits and mixes the probabilities; ``"mean"``
+            averages the outputs as they are (frame averaging). With one frame both leave the output
+            as it is.
     """
 
     def __init__(
@@ -72,15 +78,31 @@ class Canonicalized(nn.Module):
             "vote": self.vote,
         }
 
+    @property
+    def segments(self) -> bool:
+        """Whether the predictor labels points rather than clouds."""
+        return isinstance(self.predictor, PartPredictor)
+
     def forward(
-        self, points: Tensor, mask: Tensor | None = None, normals: Tensor | None = None
+        self,
+        points: Tensor,
+        mask: Tensor | None = None,
+        normals: Tensor | None = None,
+        category: Tensor | None = None,
     ) -> Tensor:
-        """Outputs ``(B, C)`` of clouds ``(B, N, 3)``, invariant to their rotation.
+        """Outputs ``(B, C)`` or ``(B, N, P)`` of clouds, invariant to their rotation.
+
+        Args:
+            points: ``(B, N, 3)`` floating point, N >= 1.
+            mask: ``(B, N)`` bool, True = a real point.
+            normals: ``(B, N, 3)``, for those halves that look at them.
+            category: ``(B,)`` integers, for part networks that are told the category.
 
         Raises:
             InputError: On clouds that no answer can be given for.
         """
-        return self.predict_in(self.canonicalizer(points, mask, normals), points, mask, normals)
+        frames = self.canonicalizer(points, mask, normals)
+        return self.predict_in(frames, points, mask, normals, category)
 
     def predict_in(
         self,
@@ -88,22 +110,92 @@ class Canonicalized(nn.Module):
         points: Tensor,
         mask: Tensor | None = None,
         normals: Tensor | None = None,
+        category: Tensor | None = None,
+        *,
+        max_points: int | None = None,
     ) -> Tensor:
-        """Outputs ``(B, C)`` of clouds in frames that are already known."""
+        """Outputs of clouds in frames that are already known.
+
+        Args:
+            frames: Of these clouds.
+            points: As for :meth:`forward`, and so are ``mask``, ``normals`` and ``category``.
+            max_points: Bounds the memory of part networks: a cloud of more points is dealt out into
+                as few shares as will do, every so-many-th point each, so that each is a thinner
+                sample of the whole object, in the pose of the whole. The network sees them one by
+                one: it takes them for objects sampled less densely, so ask for about the density it
+                was trained at.
+
+        Raises:
+            InputError: If ``max_points`` < 1, or is given to a predictor that labels no points.
+        """
+        if max_points is not None:
+            if max_points < 1:
+                raise InputError(f"max_points is {max_points}; choose at least 1")
+            if not self.segments:
+                raise InputError(
+                    f"max_points is for networks that label points: leave it out, "
+                    f"{type(self.predictor).__name__} gives each cloud one answer"
+                )
+            if points.shape[1] > max_points:
+                return self._predict_shares(frames, points, mask, normals, category, max_points)
         extras: dict[str, Tensor] = {}
         if mask is not None:
             extras["mask"] = mask.repeat_interleave(frames.count, dim=0)
         if normals is not None:
             extras["normals"] = frames.apply_vectors(normals).flatten(0, 1)
+        if category is not None:
+            extras["category"] = category.repeat_interleave(frames.count, dim=0)
         outputs = self.predictor(frames.apply(points).flatten(0, 1), **extras)
         outputs = outputs.unflatten(0, (len(points), frames.count))
         return frames.vote_logits(outputs) if self.vote == "probabilities" else frames.vote(outputs)
 
+    def _predict_shares(
+        self,
+        frames: Frames,
+        points: Tensor,
+        mask: Tensor | None,
+        normals: Tensor | None,
+        category: Tensor | None,
+        max_points: int,
+    ) -> Tensor:
+        """Outputs of the real points of each cloud, share by share; zero at padded points."""
+        clouds = []
+        for cloud in range(len(points)):
+            one = slice(cloud, cloud + 1)
+            alone = Frames.of(frames.rotations[one], frames.log_weights[one], frames.centre[one])
+            real = torch.arange(points.shape[1], device=points.device)
+            if mask is not None:
+                real = real[mask[cloud]]
+            count = -(-len(real) // max_points)
+            shares = [real[first::count] for first in range(count)]
+            outputs = [
+                self.predict_in(
+                    alone,
+                    points[one, share],
+                    normals=None if normals is None else normals[one, share],
+                    category=None if category is None else category[one],
+                )[0]
+                for share in shares
+            ]
+            whole = outputs[0].new_zeros(points.shape[1], outputs[0].shape[-1])
+            clouds.append(whole.index_copy(0, torch.cat(shares), torch.cat(outputs)))
+        return torch.stack(clouds)
+
     @torch.no_grad()
     def predict(
-        self, points: Tensor, mask: Tensor | None = None, normals: Tensor | None = None
+        self,
+        points: Tensor,
+        mask: Tensor | None = None,
+        normals: Tensor | None = None,
+        category: Tensor | None = None,
+        *,
+        max_points: int | None = None,
     ) -> Prediction:
         """Labels, probabilities and poses of clouds ``(B, N, 3)``, in evaluation mode.
+
+        Args:
+            points: As for :meth:`forward`, and so are ``mask``, ``normals`` and ``category``.
+            max_points: As for :meth:`predict_in`.
 
         Raises:
             InputError: On clouds that no answer can be given for.
@@ -112,7 +204,7 @@ class Canonicalized(nn.Module):
         self.eval()
         try:
             frames = self.canonicalizer(points, mask, normals)
-            logits = self.predict_in(frames, points, mask, normals)
+            logits = self.predict_in(frames, points, mask, normals, category, max_points=max_points)
         finally:
             for module, training in modes.items():
                 module.training = training

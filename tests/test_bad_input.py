@@ -82,7 +82,7 @@ def nan_in_txt(folder: Path) -> None:
 
 
 def few_points(folder: Path) -> None:
-    save(folder / "net.safetensors", predictors.DGCNN(8, k=20, embedding=16))
+    save(folder / "net.safetensors", predictors.DGCNN(16, k=20, embedding=16))
 
 
 def renamed_key(folder: Path) -> None:

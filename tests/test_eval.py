@@ -356,8 +356,15 @@ def test_other_classes_are_refused(boxes: Boxes) -> None:
     nameless = predictors.create("pointnet", num_classes=3, widths=(8, 8), embedding=16)
     with pytest.raises(CheckpointError, match="3 outputs, Boxes has 4 classes"):
         evaluate(nameless, boxes, "I/SO3")
-    with pytest.raises(CheckpointError, match=r"\(9, 3\) for 9 clouds of 4 classes"):
+    with pytest.raises(CheckpointError, match="3 outputs, Boxes has 4 classes"):
         evaluate(Canonicalized(nameless, PCA(4)), boxes, "I/SO3")
+
+    class Short(Longest):
+        def forward(self, points: Tensor) -> Tensor:
+            return super().forward(points)[:, :3]
+
+    with pytest.raises(CheckpointError, match=r"\(9, 3\) for 9 clouds of 4 classes"):
+        evaluate(Short(), boxes, "I/SO3")
 
 
 def test_arguments_that_cannot_be_met_are_refused(boxes: Boxes) -> None:
@@ -489,10 +496,10 @@ def test_a_gallery_has_a_column_for_each_cloud(tmp_path: Path) -> None:
 
 
 def test_up_is_up_in_every_frame() -> None:
-    from pointcanon.eval.pictures import _seen
+    from pointcanon.eval.pictures import as_seen
 
     tower = torch.tensor([[0.0, 0.0, -1.0], [0.0, 0.0, 1.0], [0.3, 0.0, -1.0]])
-    views = [_seen(convert(tower, "z-up", frame), frame) for frame in COORDINATE_FRAMES]
+    views = [as_seen(convert(tower, "z-up", frame), frame) for frame in COORDINATE_FRAMES]
     assert all(torch.allclose(view, views[0]) for view in views)
     across, up = (views[0][1] - views[0][0])[:2]
     assert abs(across) < 1e-12

@@ -16,7 +16,7 @@ __all__ = ["SaveBest"]
 
 
 class SaveBest(Callback):
-    """Write ``best.safetensors`` whenever the validation accuracy rises.
+    """Write ``best.safetensors`` whenever the validation score rises: accuracy, or instance mIoU.
 
     Without a canonicalizer that is the predictor, for :func:`pointcanon.predictors.load`; with one
     it is the canonicalized model, for :func:`pointcanon.load`.
@@ -40,11 +40,12 @@ class SaveBest(Callback):
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        accuracy = float(trainer.callback_metrics["val/accuracy"])
-        if trainer.sanity_checking or accuracy <= self.best:
+        assert isinstance(pl_module, CloudTask)
+        score = float(trainer.callback_metrics[pl_module.monitor])
+        if trainer.sanity_checking or score <= self.best:
             return
-        self.best = accuracy
-        self._write(pl_module, trainer, {"val_accuracy": accuracy})
+        self.best = score
+        self._write(pl_module, trainer, {pl_module.monitor.replace("/", "_"): score})
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -33,15 +34,28 @@ def find_recipe(name: str) -> Path:
     """The file of a shipped recipe, or the file of that name.
 
     Raises:
-        UsageError: If there is neither.
+        UsageError: If there is neither, or the file holds no recipe.
     """
     if name in recipes():
         return Path(str(resources.files("pointcanon.train") / "recipes" / f"{name}.yaml"))
     if Path(name).is_file():
+        _check_readable(Path(name))
         return Path(name)
     raise UsageError(
         f"there is no recipe and no file {name!r}; the recipes are: {', '.join(recipes())}"
     )
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} cannot be read as a recipe: {reason}") from error
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{path} holds no recipe: it must be YAML with the keys data, model and trainer"
+        )
 
 
 NOT_FOR_USERS = (
@@ -70,7 +84,7 @@ class _CLI(LightningCLI):
             "--patience",
             type=int,
             default=None,
-            help="stop after so many validations without a better accuracy",
+            help="stop after so many validations without a better score",
         )
         parser.link_arguments("data.train_set", "model.dataset", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
@@ -92,9 +106,10 @@ class _CLI(LightningCLI):
         ]
         if self.config.patience is not None:
             callbacks.append(
-                EarlyStopping("val/accuracy", mode="max", patience=self.config.patience)
+                EarlyStopping(self.model.monitor, mode="max", patience=self.config.patience)
             )
-        asked = self.config_init.trainer
+        parsed: Any = self.config_init
+        asked = parsed.trainer
         more = asked.callbacks or []
         kwargs["callbacks"] = callbacks + (more if isinstance(more, list) else [more])
         if asked.logger in (None, True):

@@ -10,19 +10,21 @@ import lightning
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from pointcanon import predictors
 from pointcanon.canonicalizers import Canonicalizer, Identity, Optimized
-from pointcanon.datasets import CloudDataset
+from pointcanon.datasets import UNLABELLED, CloudDataset, PartDataset
 from pointcanon.datasets.augment import Augmentation
 from pointcanon.datasets.augment import augmentation as find_augmentation
 from pointcanon.errors import UsageError
 from pointcanon.eval.evaluate import check_fit
+from pointcanon.eval.metrics import InstanceIoU, PointAccuracy
 from pointcanon.eval.protocols import pose_rotations, protocol, random_pose
 from pointcanon.losses import Refines, prior_loss, refinement_loss
 from pointcanon.model import Canonicalized
+from pointcanon.predictors import PartPredictor
 from pointcanon.priors import Prior
 from pointcanon.rotations import product
 
@@ -34,31 +36,47 @@ Trained = Literal["predictor", "canonicalizer", "joint"]
 def find_predictor(name: str, dataset: CloudDataset, options: dict[str, Any]) -> nn.Module:
     """A network by its registered name, freshly initialised, or else from the file of that name.
 
+    A part network is told the class of an object where there are several, unless ``options`` say
+    ``num_categories: 0``.
+
     Raises:
-        UsageError: If it is neither, or options are given for a file.
-        CheckpointError: If the file cannot be used, or was trained for other data.
+        UsageError: If it is neither, options are given for a file, or there are no parts to learn.
+        CheckpointError: If the file cannot be used.
     """
     if name in predictors.PREDICTORS:
-        return predictors.create(name, num_classes=len(dataset.classes), **options)
+        return predictors.create(name, **{**_outputs(name, dataset), **options})
     if not Path(name).exists():
         known = ", ".join(predictors.PREDICTORS)
         raise UsageError(f"predictor {name!r} is neither a file nor one of: {known}")
     if options:
         raise UsageError(f"{name} says its own architecture; leave out predictor_options")
-    predictor = predictors.load(name)
-    check_fit(predictor, dataset)
-    return predictor
+    return predictors.load(name)
+
+
+def _outputs(name: str, dataset: CloudDataset) -> dict[str, int]:
+    """How many classes or parts the network of that name is to tell apart."""
+    classes = len(dataset.classes)
+    if not issubclass(predictors.PREDICTORS[name], PartPredictor):
+        return {"num_classes": classes}
+    if not isinstance(dataset, PartDataset):
+        raise UsageError(
+            f"predictor {name!r} labels parts, and {dataset.name} has none: choose a classifier, "
+            "or data with parts, such as shapenet-part"
+        )
+    return {"num_parts": len(dataset.parts), "num_categories": classes if classes > 1 else 0}
 
 
 class CloudTask(lightning.LightningModule):
     """Train ``Canonicalized(predictor, canonicalizer)``, whole or in part.
 
-    The loss is ``task_weight`` times the cross-entropy of the predictor on the canonical clouds
-    plus ``prior_weight`` times the prior loss of the frames. Learned canonicalization has the first
-    only, prior-regularised both; the second alone never runs the predictor while training.
+    The loss is ``task_weight`` times the cross-entropy of the predictor on the canonical clouds, or
+    on all their labelled points where it labels parts, plus ``prior_weight`` times the prior loss
+    of the frames. Learned canonicalization has the first only, prior-regularised both; the second
+    alone never runs the predictor while training.
 
     Args:
-        predictor: A registered name, or the file of a checkpoint to start from.
+        predictor: A registered name, or the file of a checkpoint to start from. What it labels,
+            clouds or their parts, is what is learned.
         canonicalizer: None trains the predictor as it is.
         trained: Which of the two learns; the other is frozen, in evaluation mode.
         prior: Over the poses of the predictor's training data.
@@ -112,6 +130,7 @@ class CloudTask(lightning.LightningModule):
             )
         network = find_predictor(predictor, dataset, predictor_options or {})
         self.model = Canonicalized(network, canonicalizer or Identity())
+        check_fit(self.model, dataset)
         self.model.classes = tuple(dataset.classes)
         self.model.coordinate_frame = str(dataset.coordinate_frame)
         self.trained: Trained = trained
@@ -131,15 +150,32 @@ class CloudTask(lightning.LightningModule):
             raise UsageError(
                 "refinement_weight needs a prior and a canonicalizer that refines (Optimized)"
             )
+        if refinement_weight > 0 and getattr(dataset, "num_points", None) == "all":
+            raise UsageError(
+                "refinement_weight needs clouds of one size: give --data.num_points a number"
+            )
         self.protocol = _protocol(protocol)
         self.augmentation = find_augmentation(augmentation)
+        _check_augmentation(
+            self.augmentation, parts=self.model.segments, normals=getattr(dataset, "normals", False)
+        )
         self.label_smoothing = label_smoothing
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.weight_decay, self.warmup, self.final_rate = weight_decay, warmup, final_rate
         self.seed = seed
         self.up_axis = dataset.coordinate_frame.up_axis
-        self.accuracy = MulticlassAccuracy(len(dataset.classes), average="micro")
+        self.accuracy: Metric
+        if self.model.segments:
+            self.accuracy = PointAccuracy(dataset.part_ranges)
+            self.instance_miou = InstanceIoU(dataset.part_ranges)
+        else:
+            self.accuracy = MulticlassAccuracy(len(dataset.classes), average="micro")
         self.val_loss = MeanMetric()
+
+    @property
+    def monitor(self) -> str:
+        """Name of the figure that says which epoch is the best."""
+        return "val/instance_miou" if self.model.segments else "val/accuracy"
 
     @property
     def frozen(self) -> nn.Module | None:
@@ -161,7 +197,7 @@ class CloudTask(lightning.LightningModule):
         generator = torch.Generator().manual_seed(self._step_seed(batch_idx) + 1)
         points = self.augmentation(batch["points"], generator)
         turn = random_pose(self.protocol.train, len(points), self.up_axis, generator).to(points)
-        loss = self._loss(product(points, turn.mT), batch["label"], turn)
+        loss = self._loss(_turned({**batch, "points": points}, turn), turn)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(points))
         return loss
 
@@ -171,26 +207,42 @@ class CloudTask(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         turn = self.val_turns[batch["index"].cpu()].to(batch["points"])
-        points = product(batch["points"], turn.mT)
-        logits = self.model(points)
-        self.accuracy(logits, batch["label"])
-        self.val_loss(functional.cross_entropy(logits, batch["label"]), len(points))
+        batch = _turned(batch, turn)
+        logits = self.model(*_geometry(batch), self._category(batch))
+        target = self._target(batch)
+        if self.model.segments:
+            scored = logits, target, batch["label"], batch.get("mask")
+            self.instance_miou.update(*scored)
+            self.accuracy.update(*scored)
+            self.log("val/instance_miou", self.instance_miou, on_epoch=True, prog_bar=True)
+        else:
+            self.accuracy.update(logits, target)
+        self.val_loss.update(_cross_entropy(logits, target), (target != UNLABELLED).sum())
         self.log("val/accuracy", self.accuracy, on_epoch=True, prog_bar=True)
         self.log("val/loss", self.val_loss, on_epoch=True, prog_bar=True)
 
-    def _loss(self, points: Tensor, labels: Tensor, turn: Tensor) -> Tensor:
-        frames = self.model.canonicalizer(points)
-        loss = points.new_zeros(())
+    def _target(self, batch: dict[str, Tensor]) -> Tensor:
+        """What is to be answered: ``(B,)`` classes, or ``(B, N)`` parts."""
+        return batch["parts" if self.model.segments else "label"]
+
+    def _category(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """What a part network is told, and a classifier is not."""
+        return batch["label"] if self.model.segments else None
+
+    def _loss(self, batch: dict[str, Tensor], turn: Tensor) -> Tensor:
+        geometry = _geometry(batch)
+        frames = self.model.canonicalizer(*geometry)
+        loss = turn.new_zeros(())
         if self.task_weight > 0:
-            logits = self.model.predict_in(frames, points)
-            task = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            logits = self.model.predict_in(frames, *geometry, self._category(batch))
+            task = _cross_entropy(logits, self._target(batch), self.label_smoothing)
             loss = loss + self.task_weight * task
         if self.prior is not None:
             prior = prior_loss(frames, self.prior, turn, self.outliers)
             loss = loss + self.prior_weight * prior
         if self.prior is not None and self.refinement_weight > 0:
             canonicalizer = cast(Refines, self.model.canonicalizer)
-            refinement = refinement_loss(canonicalizer, points, self.prior, turn)
+            refinement = refinement_loss(canonicalizer, batch["points"], self.prior, turn)
             loss = loss + self.refinement_weight * refinement
         return loss
 
@@ -216,6 +268,42 @@ class CloudTask(lightning.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def _turned(batch: dict[str, Tensor], turn: Tensor) -> dict[str, Tensor]:
+    vectors = {key: batch[key] for key in ("points", "normals") if key in batch}
+    return {**batch, **{key: product(value, turn.mT) for key, value in vectors.items()}}
+
+
+def _geometry(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Points, mask and normals, where there are any: what both halves of a model are given."""
+    return batch["points"], batch.get("mask"), batch.get("normals")
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Of logits ``(..., C)``, over what is labelled."""
+    return functional.cross_entropy(
+        logits.flatten(0, -2),
+        target.flatten(),
+        ignore_index=UNLABELLED,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _check_augmentation(augmentation: Augmentation, *, parts: bool, normals: bool) -> None:
+    """Refuse what would make the parts or the normals of the points wrong."""
+    told = [name for name, given in (("parts", parts), ("normals", normals)) if given]
+    if told and augmentation.dropout > 0:
+        raise UsageError(
+            f"this augmentation moves dropped points onto others, which makes their "
+            f"{' and '.join(told)} wrong: choose one without dropout, such as 'dgcnn'"
+        )
+    if normals and augmentation.scale != (1.0, 1.0) and not augmentation.isotropic:
+        low, high = augmentation.scale
+        raise UsageError(
+            "this augmentation stretches the axes differently, which makes normals wrong: choose "
+            f"--model.augmentation.scale [{low:.3g},{high:.3g}] --model.augmentation.isotropic true"
+        )
 
 
 def _rate(progress: float, warmup: float, final: float) -> float:

@@ -26,7 +26,9 @@ def run(argv: list[str]) -> int:
 
     from pointcanon.canonicalizers import Identity
     from pointcanon.cli.options import DataOptions, open_checkpoint
+    from pointcanon.datasets import PartDataset
     from pointcanon.eval.evaluate import evaluate
+    from pointcanon.eval.part_pictures import part_gallery
     from pointcanon.eval.pictures import canonical_gallery
     from pointcanon.eval.protocols import protocol
     from pointcanon.eval.report import render, write_json
@@ -43,7 +45,8 @@ def run(argv: list[str]) -> int:
     # found out now rather than after an hour
     file = None if options.json is None else require_writable(options.json)
     folder = options.pictures
-    pictures = None if folder is None else require_writable(folder / "gallery.png")
+    if folder is not None:
+        require_writable(folder / "gallery.png")
     seeds = _seeds(options.seeds)
 
     model = open_checkpoint(options.checkpoint)
@@ -51,6 +54,8 @@ def run(argv: list[str]) -> int:
         model = Canonicalized(model, Identity())
     elif options.bare:
         model.canonicalizer = Identity()
+    if options.max_points is not None and not model.segments:
+        raise UsageError("--max_points is for networks that label parts: leave it out")
     dataset = DataOptions(**options.data.as_dict()).open()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     evaluation = evaluate(
@@ -62,26 +67,40 @@ def run(argv: list[str]) -> int:
         device=_device(device),
         num_workers=options.num_workers,
         limit=options.limit,
+        restricted=options.restricted,
+        max_points=options.max_points,
         progress=True,
     )
     render(evaluation, Console())
     if file is not None:
         write_json(evaluation, file)
-    if pictures is not None:
-        canonical_gallery(model, dataset, chosen, pictures, seed=seeds[0])
-        print(f"picture: {pictures}")
+    if folder is not None and model.segments and isinstance(dataset, PartDataset):
+        part_gallery(
+            model,
+            dataset,
+            chosen,
+            folder,
+            seed=seeds[0],
+            restricted=options.restricted,
+            max_points=options.max_points,
+        )
+        print(f"pictures: {folder / 'parts.png'} and, to turn and zoom, {folder / 'parts.html'}")
+    elif folder is not None:
+        canonical_gallery(model, dataset, chosen, folder / "gallery.png", seed=seeds[0])
+        print(f"picture: {folder / 'gallery.png'}")
     return 0
 
 
 def _parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ActionYesNo, ArgumentParser
     from jsonargparse.typing import NonNegativeInt, PositiveInt
 
     from pointcanon.cli.options import DataOptions
 
     parser = ArgumentParser(
         prog="pointcanon eval",
-        description="Accuracy of a checkpoint on data as they come and under rotation.",
+        description="Accuracy, or mIoU of parts, of a checkpoint on data as they come and under "
+        "rotation.",
         exit_on_error=False,
     )
     parser.add_argument(
@@ -114,9 +133,24 @@ def _parser() -> ArgumentParser:
         default=None,
         help="use n clouds, spread over the data set",
     )
+    parser.add_argument(
+        "--restricted",
+        action=ActionYesNo(yes_prefix="", no_prefix="un"),
+        default=True,
+        help="choose a point's part among those of the object's class, or among all",
+    )
+    parser.add_argument(
+        "--max_points",
+        type=PositiveInt,
+        default=None,
+        help="give a part network so many points at once, of clouds that hold more",
+    )
     parser.add_argument("--json", type=Path | None, default=None, help="write the figures here")
     parser.add_argument(
-        "--pictures", type=Path | None, default=None, help="folder for gallery.png, clouds in pose"
+        "--pictures",
+        type=Path | None,
+        default=None,
+        help="folder for pictures: clouds in pose, or their parts, as found and in truth",
     )
     parser.add_argument(
         "--bare", action="store_true", help="evaluate the predictor without its canonicalizer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from torch import nn
 
@@ -29,20 +29,24 @@ class DataOptions:
     """The data set a command works on; None leaves a choice to the data set.
 
     Args:
-        name: modelnet40, modelnet10 or parametric-shapes.
+        name: As pointcanon data list has it, such as modelnet40 or shapenet-part.
         root: Folder that holds the files; none for generated data.
         split: train, val, trainval or test.
-        num_points: Points per cloud.
-        layout: h5, off or txt, where a root holds several.
+        num_points: Points per cloud; "all" for all there are, of a data set that offers it.
+        layout: h5, off, txt or pyg, where a root holds several.
         coordinate_frame: Frame to convert the clouds to: z-up, y-up or y-up-mirrored.
+        normals: Read normals too, for networks that look at them.
+        missing: "warn" goes on without files that should be there but are not.
     """
 
     name: str = "modelnet40"
     root: str | None = None
     split: str = "test"
-    num_points: int | None = None
+    num_points: int | Literal["all"] | None = None
     layout: str | None = None
     coordinate_frame: str | None = None
+    normals: bool = False
+    missing: Literal["raise", "warn"] | None = None
 
     def open(self) -> CloudDataset:
         """The data set.
@@ -56,7 +60,7 @@ class DataOptions:
 
         options = asdict(self)
         name, root, split = (options.pop(key) for key in ("name", "root", "split"))
-        given = {key: value for key, value in options.items() if value is not None}
+        given = {key: value for key, value in options.items() if value not in (None, False)}
         try:
             return datasets.load(name, root, split, **given)
         except InputError as error:  # all that is given here was typed by the user
