@@ -14,10 +14,12 @@ from pointcanon import (
     canonicalizers,
     coordinates,
     energies,
+    interop,
     losses,
     neighbors,
     predictors,
     priors,
+    readers,
     rotations,
     testing,
 )
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from pointcanon import datasets as datasets
     from pointcanon import eval as eval
     from pointcanon import train as train
+    from pointcanon.eval.audit import audit as audit
+    from pointcanon.train.adapt import adapt as adapt
 
 __all__ = [
     "Canonicalized",
@@ -48,11 +52,13 @@ __all__ = [
     "canonicalizers",
     "coordinates",
     "energies",
+    "interop",
     "load",
     "losses",
     "neighbors",
     "predictors",
     "priors",
+    "readers",
     "rotations",
     "testing",
 ]
@@ -60,12 +66,17 @@ __all__ = [
 _UPPER_FLOORS = ("datasets", "train", "eval")
 """Subpackages that are imported when they are first used."""
 
+_FROM_UPPER_FLOORS = {"adapt": "pointcanon.train.adapt", "audit": "pointcanon.eval.audit"}
+"""Functions that are imported when they are first used, and where they live."""
+
 
 def __getattr__(name: str) -> Any:
     if name in _UPPER_FLOORS:
         return import_module(f"pointcanon.{name}")
+    if name in _FROM_UPPER_FLOORS:
+        return getattr(import_module(_FROM_UPPER_FLOORS[name]), name)
     raise AttributeError(f"module 'pointcanon' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_UPPER_FLOORS})
+    return sorted({*globals(), *_UPPER_FLOORS, *_FROM_UPPER_FLOORS})

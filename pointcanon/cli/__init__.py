@@ -13,6 +13,10 @@ COMMANDS = {
     "demo": ("demo", "train on the built-in shapes and show what canonicalization does"),
     "train": ("train", "train a predictor, a canonicalizer or both from a recipe"),
     "eval": ("evaluate", "accuracy of a checkpoint under rotation"),
+    "audit": ("audit", "say how far any network can be trusted under rotation"),
+    "adapt": ("adapt", "train a canonicalizer for a network that is there already"),
+    "predict": ("predict", "labels, confidence and pose of clouds in files"),
+    "canonicalize": ("canonicalize", "write clouds in canonical pose"),
     "data": ("data", "say what is at a data root, in which layout and frame"),
     "info": ("info", "print the card inside a checkpoint"),
 }

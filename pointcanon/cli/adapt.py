@@ -1,0 +1,118 @@
+"""``pointcanon adapt``: make a network that is there already rotation-robust."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pointcanon.errors import UsageError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["run"]
+
+
+def run(argv: list[str]) -> int:
+    """Adapt as the arguments say, print the report, write the model; 0.
+
+    Raises:
+        PointcanonError: On arguments, files, data or networks that cannot be used.
+    """
+    import jsonargparse
+    import torch
+    from rich.console import Console
+
+    from pointcanon import checkpoint
+    from pointcanon.cli.evaluate import _device
+    from pointcanon.cli.networks import open_network
+    from pointcanon.cli.options import DataOptions
+    from pointcanon.eval.audit import meet
+    from pointcanon.files import atomic_write, require_writable
+    from pointcanon.model import Canonicalized
+    from pointcanon.train.adapt import adapt
+
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+    except jsonargparse.ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{reason}; see pointcanon adapt --help") from error
+    # all that can be found out now rather than after an hour
+    out = require_writable(options.out)
+    file = None if options.json is None else require_writable(options.json)
+    plot = None if options.plot is None else require_writable(options.plot)
+    network = open_network(options.network)
+    if isinstance(network, Canonicalized):
+        network = network.predictor
+    dataset = DataOptions(**options.data.as_dict()).open()
+    predictor, _ = meet(network, dataset)
+    checkpoint.describe(predictor)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = adapt(
+        predictor,
+        dataset,
+        minutes=options.minutes,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        device=_device(device),
+        num_workers=options.num_workers,
+        seed=options.seed,
+        progress=sys.stderr.isatty(),
+    )
+    model.report.render(Console())
+    history = model.history
+    print(f"trained for {history.epochs} epochs, {history.seconds:.0f} s: {history.stopped}")
+    command = shlex.join(["pointcanon", "adapt", *argv])
+    model.save(out, training_command=command)
+    if file is not None:
+        atomic_write(file, model.report.to_json() + "\n")
+    if plot is not None:
+        model.report.plot(plot)
+    print(f"the rotation-robust network: {out}")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+    from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+    from pointcanon.cli.options import DataOptions
+
+    parser = ArgumentParser(
+        prog="pointcanon adapt",
+        description="Train a canonicalizer for a network that is there already and stays as it is, "
+        "on clouds it was trained on.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "network",
+        type=str,
+        help="a checkpoint, ours or public; or import.path:name of a torch module, or of a "
+        "function that makes one (its class must be registered, so that it can be saved)",
+    )
+    parser.add_class_arguments(DataOptions, "data")
+    parser.set_defaults({"data.split": "train"})
+    parser.add_argument("--out", type=Path, required=True, help="of the model: FILE.safetensors")
+    parser.add_argument("--minutes", type=PositiveFloat, default=None, help="of training, at most")
+    parser.add_argument("--epochs", type=PositiveInt, default=None, help="at most")
+    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="clouds of a step")
+    parser.add_argument("--learning_rate", type=PositiveFloat, default=1e-3, help="at its highest")
+    parser.add_argument(
+        "--num_workers", type=NonNegativeInt, default=0, help="processes that read the data"
+    )
+    parser.add_argument(
+        "--device",
+        type=str | None,
+        default=None,
+        help="such as cpu or cuda; cuda where there is one",
+    )
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of everything random")
+    parser.add_argument("--json", type=Path | None, default=None, help="write the report here")
+    parser.add_argument(
+        "--plot", type=Path | None, default=None, help="PNG of the accuracy against the angle"
+    )
+    return parser

@@ -1,0 +1,169 @@
+"""``pointcanon audit``: how far a network can be trusted under rotation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pointcanon.errors import UsageError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from pointcanon.canonicalizers import Canonicalizer
+
+__all__ = ["run"]
+
+
+def run(argv: list[str]) -> int:
+    """Audit as the arguments say; 1 where the agreement is below what is asked for, else 0.
+
+    Raises:
+        PointcanonError: On arguments, files, data or networks that cannot be used.
+    """
+    import jsonargparse
+    import torch
+    from rich.console import Console
+
+    from pointcanon.cli.evaluate import _device
+    from pointcanon.cli.networks import open_network
+    from pointcanon.cli.options import DataOptions
+    from pointcanon.datasets.given import GivenClouds
+    from pointcanon.eval.audit import audit
+    from pointcanon.eval.audit_pictures import curve, worst_gallery
+    from pointcanon.files import atomic_write, require_writable
+
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+    except jsonargparse.ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{reason}; see pointcanon audit --help") from error
+    least = options.min_agreement
+    if least is not None and not 0 <= least <= 1:
+        raise UsageError(f"--min-agreement is {least}; give a share from 0 to 1, such as 0.99")
+    # found out now rather than after an hour
+    file = None if options.json is None else require_writable(options.json)
+    folder = options.pictures
+    if folder is not None:
+        require_writable(folder / "curve.png")
+    network = open_network(options.network)
+    canonicalizer = _canonicalizer(options.canonicalizer)
+    dataset = DataOptions(**options.data.as_dict()).open()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = audit(
+        network,
+        dataset,
+        canonicalizer=canonicalizer,
+        rotations=options.rotations,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        device=_device(device),
+        limit=options.limit,
+        progress=True,
+    )
+    found.render(Console())
+    if file is not None:
+        atomic_write(file, found.to_json() + "\n")
+    if folder is not None:
+        curve(found, folder / "curve.png")
+        print(f"accuracy against angle: {folder / 'curve.png'}")
+        for trial, name in ((found.alone, "worst"), (found.canonicalized, "worst-canonicalized")):
+            if trial is not None and trial.worst:
+                worst_gallery(trial, GivenClouds(dataset), folder / f"{name}.png")
+                print(f"worst clouds, {trial.name}: {folder / name}.png")
+    if least is not None and found.agreement < least:
+        print(
+            f"pointcanon: {found.judged.name} keeps {100 * found.agreement:.2f} % of its answers "
+            f"under any rotation, less than the {100 * least:g} % asked for",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _canonicalizer(name: str | None) -> Canonicalizer | None:
+    """By its name where it needs no training, or the one in a checkpoint."""
+    from pointcanon.canonicalizers import CANONICALIZERS
+    from pointcanon.cli.options import open_checkpoint
+    from pointcanon.model import Canonicalized
+
+    if name is None:
+        return None
+    if Path(name).exists():
+        model = open_checkpoint(name)
+        if not isinstance(model, Canonicalized):
+            raise UsageError(f"--canonicalizer {name} holds a predictor and no canonicalizer")
+        return model.canonicalizer
+    if name not in UNTRAINED:
+        known = ", ".join(UNTRAINED)
+        raise UsageError(f"--canonicalizer {name!r} is neither a checkpoint nor one of: {known}")
+    return CANONICALIZERS[name]()
+
+
+UNTRAINED = ("PCA", "Manhattan")
+"""Canonicalizers that have nothing to learn."""
+
+
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+    from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+    from pointcanon.cli.options import DataOptions
+
+    parser = ArgumentParser(
+        prog="pointcanon audit",
+        description="How far a network can be trusted under rotation: its accuracy, and whether it "
+        "agrees with itself, on data as they come, turned about the up axis, and turned at random.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "network",
+        type=str,
+        help="a checkpoint, ours or public; or import.path:name of a torch module, of a function "
+        "from clouds (B, N, 3) to logits, or of one that makes a network when called",
+    )
+    parser.add_class_arguments(DataOptions, "data")
+    parser.add_argument(
+        "--canonicalizer",
+        type=str | None,
+        default=None,
+        help=f"put it in front, to compare: a checkpoint that has one, {' or '.join(UNTRAINED)}",
+    )
+    parser.add_argument(
+        "--rotations", type=PositiveInt, default=8, help="of each cloud, of either kind"
+    )
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of the first rotation")
+    parser.add_argument("--batch_size", type=PositiveInt, default=32, help="clouds at once")
+    parser.add_argument(
+        "--num_workers", type=NonNegativeInt, default=0, help="processes that read the data"
+    )
+    parser.add_argument(
+        "--device",
+        type=str | None,
+        default=None,
+        help="such as cpu or cuda; cuda where there is one",
+    )
+    parser.add_argument(
+        "--limit",
+        type=PositiveInt,
+        default=None,
+        help="use n clouds, spread over the data set",
+    )
+    parser.add_argument("--json", type=Path | None, default=None, help="write the figures here")
+    parser.add_argument(
+        "--pictures",
+        type=Path | None,
+        default=None,
+        help="folder for pictures: accuracy against angle, and the worst clouds",
+    )
+    parser.add_argument(
+        "--min-agreement",
+        type=float | None,
+        default=None,
+        help="exit with status 1 where a smaller share of the answers stays under any rotation; of "
+        "the canonicalized network, if there is a canonicalizer",
+    )
+    return parser
