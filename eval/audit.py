@@ -21,7 +21,7 @@ from pointcanon.datasets import UNLABELLED
 from pointcanon.datasets.collate import collate
 from pointcanon.datasets.given import GivenClouds
 from pointcanon.errors import InputError
-from pointcanon.eval.evaluate import _evaluating, _now, _shown, check_fit, chosen_clouds
+from pointcanon.eval.evaluate import check_fit, chosen_clouds, evaluating, now, shown
 from pointcanon.eval.metrics import predicted_parts
 from pointcanon.eval.protocols import pose_rotations
 from pointcanon.model import Canonicalized
@@ -266,7 +266,7 @@ def audit(
         collate_fn=collate,
         generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
     )
-    with _evaluating(model, device) as like, _shown(loader, progress) as batches:
+    with evaluating(model, device) as like, shown(loader, progress) as batches:
         walks = _walk(model, batches, turns, given, like)
 
     def robustness(name: str, walk: _Walk) -> Robustness:
@@ -377,9 +377,9 @@ def _walk(
             said, seconds, passes = [], [], 1
             for turn in turns[:, batch["index"]]:
                 posed = _posed(batch, turn, like)
-                started = _now(like.device)
+                started = now(like.device)
                 answer, passes = ask(model, posed)
-                seconds.append((_now(like.device) - started) / len(turn))
+                seconds.append((now(like.device) - started) / len(turn))
                 said.append(_decided(model, answer.cpu(), batch, given))
             truth = said[0] if truth is None else truth
             real = batch.get("mask") if model.segments else None

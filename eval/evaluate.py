@@ -46,6 +46,9 @@ __all__ = [
     "check_fit",
     "chosen_clouds",
     "evaluate",
+    "evaluating",
+    "now",
+    "shown",
 ]
 
 AGAIN_SEED = 2_024_003
@@ -242,7 +245,7 @@ def evaluate(
         collate_fn=collate,
         generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
     )
-    with _evaluating(model, device) as like, _shown(loader, progress) as batches:
+    with evaluating(model, device) as like, shown(loader, progress) as batches:
         walk = _walk(model, batches, turns, like, tally, max_points)
     found = walk.frames
     return Evaluation(
@@ -418,7 +421,7 @@ def _turns(protocol: Protocol, dataset: CloudDataset, seeds: Sequence[int]) -> T
 
 
 @contextmanager
-def _evaluating(model: nn.Module, device: torch.device | str | None) -> Iterator[Tensor]:
+def evaluating(model: nn.Module, device: torch.device | str | None) -> Iterator[Tensor]:
     """The model in eval mode, on the device, without gradients; yields a tensor of its kind."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -434,7 +437,7 @@ def _evaluating(model: nn.Module, device: torch.device | str | None) -> Iterator
 
 
 @contextmanager
-def _shown(loader: DataLoader[Any], progress: bool) -> Iterator[Iterable[dict[str, Tensor]]]:
+def shown(loader: DataLoader[Any], progress: bool) -> Iterator[Iterable[dict[str, Tensor]]]:
     """The batches, with a bar where a person looks on."""
     if not (progress and sys.stderr.isatty()):
         yield loader
@@ -468,11 +471,11 @@ def _ask(
     points = cloud["points"]
     geometry = points, cloud.get("mask"), cloud.get("normals")
     category = cloud["label"] if model.segments else None
-    started = _now(points.device)
+    started = now(points.device)
     frames = model.canonicalizer(*geometry)
-    posed = _now(points.device)
+    posed = now(points.device)
     answer = model.predict_in(frames, *geometry, category, max_points=max_points)
-    done = _now(points.device)
+    done = now(points.device)
     expected = (*points.shape[: 2 if model.segments else 1], outputs)
     if answer.shape != expected:
         raise CheckpointError(
@@ -491,7 +494,8 @@ def _ask(
     return answer, _Found(rotation, frames.degenerate.cpu(), frames.count, [seconds])
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

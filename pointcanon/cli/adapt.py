@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pointcanon.errors import UsageError
-
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -21,25 +19,19 @@ def run(argv: list[str]) -> int:
     Raises:
         PointcanonError: On arguments, files, data or networks that cannot be used.
     """
-    import jsonargparse
     import torch
     from rich.console import Console
 
     from pointcanon import checkpoint
-    from pointcanon.cli.evaluate import _device
     from pointcanon.cli.networks import open_network
-    from pointcanon.cli.options import DataOptions
+    from pointcanon.cli.options import DataOptions, parse, pick_device
     from pointcanon.eval.audit import meet
     from pointcanon.files import atomic_write, require_writable
     from pointcanon.model import Canonicalized
     from pointcanon.train.adapt import adapt
 
     parser = _parser()
-    try:
-        options = parser.parse_args(argv)
-    except jsonargparse.ArgumentError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{reason}; see pointcanon adapt --help") from error
+    options = parse(parser, argv)
     # all that can be found out now rather than after an hour
     out = require_writable(options.out)
     file = None if options.json is None else require_writable(options.json)
@@ -58,7 +50,7 @@ def run(argv: list[str]) -> int:
         epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        device=_device(device),
+        device=pick_device(device),
         num_workers=options.num_workers,
         seed=options.seed,
         progress=sys.stderr.isatty(),

@@ -22,24 +22,18 @@ def run(argv: list[str]) -> int:
     Raises:
         PointcanonError: On arguments, files, data or networks that cannot be used.
     """
-    import jsonargparse
     import torch
     from rich.console import Console
 
-    from pointcanon.cli.evaluate import _device
     from pointcanon.cli.networks import open_network
-    from pointcanon.cli.options import DataOptions
+    from pointcanon.cli.options import DataOptions, parse, pick_device
     from pointcanon.datasets.given import GivenClouds
     from pointcanon.eval.audit import audit
     from pointcanon.eval.audit_pictures import curve, worst_gallery
     from pointcanon.files import atomic_write, require_writable
 
     parser = _parser()
-    try:
-        options = parser.parse_args(argv)
-    except jsonargparse.ArgumentError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{reason}; see pointcanon audit --help") from error
+    options = parse(parser, argv)
     least = options.min_agreement
     if least is not None and not 0 <= least <= 1:
         raise UsageError(f"--min-agreement is {least}; give a share from 0 to 1, such as 0.99")
@@ -60,7 +54,7 @@ def run(argv: list[str]) -> int:
         seed=options.seed,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
-        device=_device(device),
+        device=pick_device(device),
         limit=options.limit,
         progress=True,
     )
@@ -111,7 +105,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-    from pointcanon.cli.options import DataOptions
+    from pointcanon.cli.options import DataOptions, add_computing
 
     parser = ArgumentParser(
         prog="pointcanon audit",
@@ -136,22 +130,7 @@ def _parser() -> ArgumentParser:
         "--rotations", type=PositiveInt, default=8, help="of each cloud, of either kind"
     )
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of the first rotation")
-    parser.add_argument("--batch_size", type=PositiveInt, default=32, help="clouds at once")
-    parser.add_argument(
-        "--num_workers", type=NonNegativeInt, default=0, help="processes that read the data"
-    )
-    parser.add_argument(
-        "--device",
-        type=str | None,
-        default=None,
-        help="such as cpu or cuda; cuda where there is one",
-    )
-    parser.add_argument(
-        "--limit",
-        type=PositiveInt,
-        default=None,
-        help="use n clouds, spread over the data set",
-    )
+    add_computing(parser)
     parser.add_argument("--json", type=Path | None, default=None, help="write the figures here")
     parser.add_argument(
         "--pictures",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from pointcanon.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
     from jsonargparse import ArgumentParser
 
 __all__ = ["run"]
@@ -20,12 +19,11 @@ def run(argv: list[str]) -> int:
     Raises:
         PointcanonError: On arguments, files or data that cannot be used.
     """
-    import jsonargparse
     import torch
     from rich.console import Console
 
     from pointcanon.canonicalizers import Identity
-    from pointcanon.cli.options import DataOptions, open_checkpoint
+    from pointcanon.cli.options import DataOptions, open_checkpoint, parse, pick_device
     from pointcanon.datasets import PartDataset
     from pointcanon.eval.evaluate import evaluate
     from pointcanon.eval.part_pictures import part_gallery
@@ -36,11 +34,7 @@ def run(argv: list[str]) -> int:
     from pointcanon.model import Canonicalized
 
     parser = _parser()
-    try:
-        options = parser.parse_args(argv)
-    except jsonargparse.ArgumentError as error:
-        reason = " ".join(str(error).split())  # it may span lines
-        raise UsageError(f"{reason}; see pointcanon eval --help") from error
+    options = parse(parser, argv)
     chosen = protocol(options.protocol)
     # found out now rather than after an hour
     file = None if options.json is None else require_writable(options.json)
@@ -64,7 +58,7 @@ def run(argv: list[str]) -> int:
         chosen,
         seeds=seeds,
         batch_size=options.batch_size,
-        device=_device(device),
+        device=pick_device(device),
         num_workers=options.num_workers,
         limit=options.limit,
         restricted=options.restricted,
@@ -93,9 +87,9 @@ def run(argv: list[str]) -> int:
 
 def _parser() -> ArgumentParser:
     from jsonargparse import ActionYesNo, ArgumentParser
-    from jsonargparse.typing import NonNegativeInt, PositiveInt
+    from jsonargparse.typing import PositiveInt
 
-    from pointcanon.cli.options import DataOptions
+    from pointcanon.cli.options import DataOptions, add_computing
 
     parser = ArgumentParser(
         prog="pointcanon eval",
@@ -117,22 +111,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--seeds", type=str, default="0,1,2", help="of the test rotations, such as 0,1,2"
     )
-    parser.add_argument("--batch_size", type=PositiveInt, default=32, help="clouds at once")
-    parser.add_argument(
-        "--num_workers", type=NonNegativeInt, default=0, help="processes that read the data"
-    )
-    parser.add_argument(
-        "--device",
-        type=str | None,
-        default=None,
-        help="such as cpu or cuda; cuda where there is one",
-    )
-    parser.add_argument(
-        "--limit",
-        type=PositiveInt,
-        default=None,
-        help="use n clouds, spread over the data set",
-    )
+    add_computing(parser)
     parser.add_argument(
         "--restricted",
         action=ActionYesNo(yes_prefix="", no_prefix="un"),
@@ -168,15 +147,3 @@ def _seeds(text: str) -> tuple[int, ...]:
             f"--seeds is {text!r}; give different whole numbers from 0 up, such as 0,1,2"
         )
     return seeds
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu"
-        ) from error
-    return torch.device(name)

@@ -12,9 +12,12 @@ from torch import nn
 from pointcanon.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    import jsonargparse
+    import torch
+
     from pointcanon.datasets import CloudDataset
 
-__all__ = ["DataOptions", "Parser", "open_checkpoint"]
+__all__ = ["DataOptions", "Parser", "add_computing", "open_checkpoint", "parse", "pick_device"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +68,60 @@ class DataOptions:
             return datasets.load(name, root, split, **given)
         except InputError as error:  # all that is given here was typed by the user
             raise UsageError(str(error)) from error
+
+
+def parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> jsonargparse.Namespace:
+    """What the arguments say.
+
+    Raises:
+        UsageError: On arguments that the parser, made with ``exit_on_error=False``, refuses.
+    """
+    import jsonargparse
+
+    try:
+        return parser.parse_args(argv)
+    except jsonargparse.ArgumentError as error:
+        reason = " ".join(str(error).split())  # it may span lines
+        raise UsageError(f"{reason}; see {parser.prog} --help") from error
+
+
+def add_computing(parser: jsonargparse.ArgumentParser) -> None:
+    """The options that say how clouds are run through a network, and how many of them."""
+    from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+    parser.add_argument("--batch_size", type=PositiveInt, default=32, help="clouds at once")
+    parser.add_argument(
+        "--num_workers", type=NonNegativeInt, default=0, help="processes that read the data"
+    )
+    parser.add_argument(
+        "--device",
+        type=str | None,
+        default=None,
+        help="such as cpu or cuda; cuda where there is one",
+    )
+    parser.add_argument(
+        "--limit",
+        type=PositiveInt,
+        default=None,
+        help="use n clouds, spread over the data set",
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UsageError: If there is none here.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu"
+        ) from error
+    return torch.device(name)
 
 
 def open_checkpoint(path: str | Path) -> nn.Module:
