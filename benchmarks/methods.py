@@ -125,7 +125,7 @@ def plot(report: dict[str, dict[str, object]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.6, 3.6), layout="constrained")
     for name, row in report.items():
         errors = torch.tensor(row["up_errors"]).sort().values
         axes.plot(errors, 100 * torch.arange(1, len(errors) + 1) / len(errors), label=name)
@@ -133,7 +133,7 @@ def plot(report: dict[str, dict[str, object]], path: Path) -> None:
     axes.set(xlabel="error of the up axis, degrees", ylabel="test clouds, %", xlim=(0, 90))
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=150)
 
 
