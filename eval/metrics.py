@@ -8,6 +8,7 @@ so that they can share a ``torchmetrics.MetricCollection``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,10 +144,11 @@ class PartMetric(Metric):
         predicted = predicted_parts(scores, category, self.part_ranges, restricted=self.restricted)
         self._count(predicted, parts, category, mask)
 
+    @abstractmethod
     def _count(
         self, predicted: Tensor, parts: Tensor, category: Tensor, mask: Tensor | None
     ) -> None:
-        raise NotImplementedError
+        """Take in what checked shapes were predicted to be."""
 
     def _check(self, scores: Tensor, parts: Tensor, category: Tensor, mask: Tensor | None) -> None:
         known = max(own.stop for own in self.part_ranges)

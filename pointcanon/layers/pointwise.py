@@ -10,6 +10,7 @@ __all__ = [
     "BatchNorm",
     "PooledLinear",
     "SharedLayer",
+    "class_head",
     "linear_of_parts",
     "masked_max",
     "masked_mean",
@@ -84,6 +85,17 @@ class SharedLayer(nn.Module):
         scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
         bias = (self.linear.bias - self.norm.running_mean) * scale + self.norm.bias
         return self.linear.weight * scale[:, None], bias
+
+
+def class_head(channels: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """From the code of a cloud ``(B, channels)`` to its logits, as in PointNet and PointNet++."""
+    return nn.Sequential(
+        SharedLayer(channels, 512),
+        nn.Dropout(dropout),
+        SharedLayer(512, 256),
+        nn.Dropout(dropout),
+        nn.Linear(256, num_classes),
+    )
 
 
 def shared_layers(modules: nn.ModuleList) -> list[SharedLayer]:

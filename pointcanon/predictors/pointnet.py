@@ -14,6 +14,7 @@ from pointcanon.errors import InputError
 from pointcanon.layers.pointwise import (
     PooledLinear,
     SharedLayer,
+    class_head,
     linear_of_parts,
     masked_max,
     shared_layers,
@@ -148,13 +149,7 @@ class PointNet(Predictor):
         self.align = alignments(channels, self.widths, self.transforms)
         self.shared = nn.ModuleList(SharedLayer(*pair) for pair in pairwise((channels, *widths)))
         self.pool = PooledLinear(self.widths[-1], embedding)
-        self.head = nn.Sequential(
-            SharedLayer(embedding, 512),
-            nn.Dropout(dropout),
-            SharedLayer(512, 256),
-            nn.Dropout(dropout),
-            nn.Linear(256, num_classes),
-        )
+        self.head = class_head(embedding, num_classes, dropout)
 
     @property
     def hyperparameters(self) -> dict[str, object]:

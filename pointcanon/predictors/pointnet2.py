@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pointcanon.errors import InputError
-from pointcanon.layers.pointwise import PooledLinear, SharedLayer
+from pointcanon.layers.pointwise import PooledLinear, SharedLayer, class_head
 from pointcanon.layers.set_abstraction import FeaturePropagation, Scale, SetAbstraction
 from pointcanon.predictors.base import PartPredictor, Predictor, check_sizes
 
@@ -149,13 +149,7 @@ class PointNet2(Predictor):
         self.scales: Scales = scales
         self.dropout = dropout
         self.pyramid = Pyramid(3 if normals else 0, CLASSIFICATION[scales])
-        self.head = nn.Sequential(
-            SharedLayer(1024, 512),
-            nn.Dropout(dropout),
-            SharedLayer(512, 256),
-            nn.Dropout(dropout),
-            nn.Linear(256, num_classes),
-        )
+        self.head = class_head(1024, num_classes, dropout)
 
     @property
     def hyperparameters(self) -> dict[str, object]:
