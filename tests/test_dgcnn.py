@@ -195,7 +195,7 @@ def test_a_cloud_smaller_than_the_neighbourhood_is_refused(build) -> None:
     ("options", "message"),
     [
         ({"num_parts": 0}, "num_parts is 0"),
-        ({"num_categories": -1}, "num_categories is -1; choose 0 or more"),
+        ({"num_categories": -1}, "num_categories is -1; choose at least 0"),
         ({"k": 0}, "k is 0"),
         ({"dropout": 1.0}, r"dropout is 1\.0"),
     ],

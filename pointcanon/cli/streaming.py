@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pointcanon import readers
-from pointcanon.cli.options import Parser, open_checkpoint
+from pointcanon.cli.options import Parser, open_checkpoint, pick_device
 from pointcanon.coordinates import convert
 from pointcanon.errors import CheckpointError, DataError, InputError, UsageError
 from pointcanon.files import require_writable
@@ -109,11 +109,7 @@ def open_model(checkpoint: str, device: str | None, share: Share) -> Canonicaliz
         )
     if device is None:
         device = f"cuda:{share.local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        return model.eval().to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device} cannot be used here ({reason}); try cpu") from error
+    return model.eval().to(pick_device(device))
 
 
 # ------------------------------------------------------------------------------------ processes

@@ -13,11 +13,12 @@ from pointcanon.errors import InputError
 __all__ = ["Network", "PartPredictor", "Predictor", "check_sizes"]
 
 
-def check_sizes(dropout: float, **sizes: int) -> None:
+def check_sizes(dropout: float, *, num_categories: int = 0, **sizes: int) -> None:
     """Refuse hyper-parameters that no network can have.
 
     Args:
         dropout: A probability.
+        num_categories: Of a category one-hot; 0 for a network without it.
         **sizes: Numbers of channels, classes or neighbours, by name.
 
     Raises:
@@ -26,6 +27,8 @@ def check_sizes(dropout: float, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise InputError(f"{name} is {size}; choose at least 1")
+    if num_categories < 0:
+        raise InputError(f"num_categories is {num_categories}; choose at least 0")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout is {dropout}; choose a probability from 0 to below 1")
 

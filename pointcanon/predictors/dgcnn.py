@@ -116,9 +116,9 @@ class DGCNNParts(PartPredictor):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        check_sizes(dropout, num_parts=num_parts, k=k, embedding=embedding)
-        if num_categories < 0:
-            raise InputError(f"num_categories is {num_categories}; choose 0 or more")
+        check_sizes(
+            dropout, num_parts=num_parts, k=k, embedding=embedding, num_categories=num_categories
+        )
         self.num_parts, self.num_categories, self.k = num_parts, num_categories, k
         self.embedding, self.dropout = embedding, dropout
         width = PART_WIDTH

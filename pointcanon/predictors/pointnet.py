@@ -207,9 +207,7 @@ class PointNetParts(PartPredictor):
         head: Sequence[int] = (256, 256, 128),
     ) -> None:
         super().__init__()
-        check_sizes(0, num_parts=num_parts, embedding=embedding)
-        if num_categories < 0:
-            raise InputError(f"num_categories is {num_categories}; choose at least 0")
+        check_sizes(0, num_parts=num_parts, embedding=embedding, num_categories=num_categories)
         if skip not in ("all", "aligned"):
             raise InputError(f"skip is {skip!r}; choose 'all' or 'aligned'")
         if not head or min(head) < 1:

@@ -189,9 +189,7 @@ class PointNet2Parts(PartPredictor):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        check_sizes(dropout, num_parts=num_parts)
-        if num_categories < 0:
-            raise InputError(f"num_categories is {num_categories}; choose at least 0")
+        check_sizes(dropout, num_parts=num_parts, num_categories=num_categories)
         _check_scales(scales)
         self.num_parts, self.num_categories, self.normals = num_parts, num_categories, normals
         self.scales: Scales = scales

@@ -211,9 +211,7 @@ class WrappedParts(PartPredictor):
     ) -> None:
         super().__init__()
         _check_module(module)
-        check_sizes(0, num_parts=num_parts)
-        if num_categories < 0:
-            raise InputError(f"num_categories is {num_categories}; choose at least 0")
+        check_sizes(0, num_parts=num_parts, num_categories=num_categories)
         self.module, self.num_parts, self.num_categories = module, num_parts, num_categories
         self.convention = Convention(**convention)
         self.normals = self.convention.channels == 6
