@@ -1,4 +1,4 @@
-# make install | demo | test | lint | wheel | clean
+# make install | demo | test | lint | docs | wheel | clean
 # PYTHON makes the virtual environment, VENV is where: make test PYTHON=python3.12 VENV=~/envs/pc
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint wheel clean
+.PHONY: install demo test lint docs wheel clean
 
 install: $(INSTALLED)
 
@@ -27,9 +27,12 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 wheel: install
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -20,8 +20,10 @@ from pointcanon.errors import UsageError
 
 if TYPE_CHECKING:
     from pointcanon.datasets.modelnet import ModelNet10, ModelNet40
+    from pointcanon.datasets.modelnet40_c import ModelNet40C
     from pointcanon.datasets.parametric import ParametricShapes
     from pointcanon.datasets.rna import RNA
+    from pointcanon.datasets.scan_object_nn import ScanObjectNN
     from pointcanon.datasets.shapenet_part import ShapeNetPart
 
 __all__ = [
@@ -32,8 +34,10 @@ __all__ = [
     "CloudItem",
     "ModelNet10",
     "ModelNet40",
+    "ModelNet40C",
     "ParametricShapes",
     "PartDataset",
+    "ScanObjectNN",
     "ShapeNetPart",
     "load",
 ]
@@ -105,6 +109,8 @@ class _Entry(NamedTuple):
 REGISTRY: dict[str, _Entry] = {
     "modelnet40": _Entry("pointcanon.datasets.modelnet", "ModelNet40"),
     "modelnet10": _Entry("pointcanon.datasets.modelnet", "ModelNet10"),
+    "modelnet40-c": _Entry("pointcanon.datasets.modelnet40_c", "ModelNet40C"),
+    "scan-object-nn": _Entry("pointcanon.datasets.scan_object_nn", "ScanObjectNN"),
     "parametric-shapes": _Entry("pointcanon.datasets.parametric", "ParametricShapes", False),
     "shapenet-part": _Entry("pointcanon.datasets.shapenet_part", "ShapeNetPart"),
     "rna": _Entry("pointcanon.datasets.rna", "RNA"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from pointcanon.classes import part_ranges
 from pointcanon.coordinates import CoordinateFrame, coordinate_frame
 from pointcanon.datasets import CloudItem
 from pointcanon.errors import InputError
@@ -84,8 +85,15 @@ class GivenClouds:
 
     @property
     def part_ranges(self) -> tuple[range, ...]:
-        """The parts of each class: all of them, where the data set does not say."""
-        return self._ranges or (range(len(self.parts)),) * max(1, len(self.classes))
+        """The parts of each class: those named after it, where the data set does not say."""
+        return self._ranges or part_ranges(self.classes or [""], self.parts)
+
+    def source(self, index: int) -> str | None:
+        """Where a cloud comes from, if the data set says."""
+        clouds: Any = self._clouds
+        while isinstance(clouds, Subset):
+            index, clouds = clouds.indices[index], clouds.dataset
+        return clouds.source(index) if hasattr(clouds, "source") else None
 
     def select(self, indices: Sequence[int]) -> GivenClouds:
         """Some of the clouds, in that order, at new indices."""

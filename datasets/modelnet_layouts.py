@@ -24,15 +24,16 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 
 from pointcanon.classes import MODELNET10_CLASSES, MODELNET40_CLASSES
 from pointcanon.clouds import normalise
-from pointcanon.errors import DataError, InputError
+from pointcanon.errors import DataError, InputError, PointcanonError
 from pointcanon.files import atomic_write
+from pointcanon.readers.arrays import h5_dataset, npz_array
 
 if TYPE_CHECKING:
     import h5py
@@ -165,8 +166,8 @@ class H5Layout(Layout):
         # The lists name paths relative to another root ("data/modelnet40_ply_hdf5_2048/…"), in
         # some copies with backslashes: only the last part means anything here.
         named = [PureWindowsPath(line).name for line in _list(self.folder, f"{split}_files.txt")]
-        present = [self.folder / name for name in named if (self.folder / name).is_file()]
-        return present, [name for name in named if not (self.folder / name).is_file()]
+        present = [self.folder / name for name in named if os.path.isfile(self.folder / name)]
+        return present, [name for name in named if not os.path.isfile(self.folder / name)]
 
     def refs(self, path: Path) -> list[Ref]:
         with _h5_file(path) as file:
@@ -227,12 +228,14 @@ def _h5_file(path: Path) -> Iterator[h5py.File]:
                     f"{path} has no {' and no '.join(map(repr, absent))} (its keys: "
                     f"{', '.join(file) or 'none'}); a ModelNet h5 file holds 'data' and 'label'"
                 )
-            for key in ("data", "normal"):
-                shape = getattr(file.get(key), "shape", (0, 0, 3))
-                if len(shape) != 3 or shape[-1] != 3:
+            for key in ("data", "label", *(["normal"] if "normal" in file else [])):
+                shape = h5_dataset(file, key).shape
+                if key != "label" and (len(shape) != 3 or shape[-1] != 3):
                     raise DataError(f"{path}: {key!r} has shape {shape}, expected (n, P, 3)")
             yield file
-    except OSError as error:
+    except PointcanonError:
+        raise
+    except Exception as error:  # h5py raises whatever a damaged file leads it to
         raise DataError(
             f"{path} cannot be read as HDF5, it is damaged or incomplete; fetch it again ({error})"
         ) from error
@@ -302,11 +305,11 @@ class OffLayout(Layout):
         status = path.stat()
         stamp = np.array([status.st_size, status.st_mtime_ns])
         try:
-            with np.load(entry) as kept:
-                if np.array_equal(kept["stamp"], stamp):
-                    return kept["points"], kept["normals"]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            pass  # not there yet, or damaged: made anew below
+            with ZipFile(entry) as kept:
+                if np.array_equal(npz_array(kept, "stamp"), stamp):
+                    return npz_array(kept, "points"), npz_array(kept, "normals")
+        except Exception:  # not there yet, or damaged in whatever way: made anew below
+            pass
         seed = int.from_bytes(blake2b(inside.as_posix().encode(), digest_size=8).digest(), "little")
         points, normals = _sample_surface(path, count, seed)
         _keep(entry, points=points, normals=normals, stamp=stamp)
@@ -341,7 +344,7 @@ def _sample_surface(path: Path, count: int, seed: int) -> tuple[np.ndarray, np.n
 
     vertices, faces = _read_off(path)
     mesh = trimesh.Trimesh(vertices, faces, process=False)
-    if not mesh.area > 0:
+    if not 0 < mesh.area < np.inf:
         raise DataError(
             f"{path} is a mesh whose {len(faces)} faces have no area: nothing to sample"
         )
@@ -356,7 +359,7 @@ def _read_off(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Vertices ``(V, 3)`` float64 and triangles ``(F, 3)`` int64 of an OFF file."""
     import trimesh
 
-    text = _text(path)
+    text = re.sub(r"#.*", "", _text(path))
     _require_complete_off(path, text)
     try:
         loaded = trimesh.load_mesh(io.BytesIO(text.encode()), file_type="off", process=False)
@@ -374,7 +377,7 @@ def _read_off(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _require_complete_off(path: Path, text: str) -> None:
     """Refuse what trimesh reads without a word: a file cut off, or one without faces."""
     # Many files of ModelNet40 run header and counts together: "OFF352 322 0".
-    header = re.match(r"\s*(?:#.*\s+)*C?OFF\s*(?:#.*\s+)*(\d+)\s+(\d+)", text)
+    header = re.match(r"\s*C?OFF\s*(\d{1,18})\s+(\d{1,18})", text)
     if header is None:
         raise DataError(
             f"{path} is no OFF mesh: it starts with {text[:20]!r}, not 'OFF' and counts"
@@ -383,7 +386,7 @@ def _require_complete_off(path: Path, text: str) -> None:
     if vertices == 0 or faces == 0:
         raise DataError(f"{path} is a mesh with {vertices} vertices and {faces} faces: no surface")
     body = text[header.end() :].splitlines()[1:]
-    held = sum(1 for line in body if line.strip() and not line.lstrip().startswith("#"))
+    held = sum(1 for line in body if line.strip())
     if held < vertices + faces:
         raise DataError(
             f"{path} is incomplete: {vertices} vertices and {faces} faces are announced, "
@@ -416,7 +419,7 @@ class TxtLayout(Layout):
         present, missing = [], []
         for row, name in enumerate(_list(self.folder, listing), start=1):
             category = name.rpartition("_")[0]
-            if category not in self.classes:
+            if category not in self.classes or not re.fullmatch(r"\w{1,100}", name):
                 raise DataError(
                     f"{self.folder / listing}, line {row}: {name!r} is of no class of "
                     f"ModelNet{len(self.classes)}; a line reads like 'airplane_0001'"

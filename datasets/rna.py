@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from pointcanon.datasets.modelnet_layouts import Ref
 from pointcanon.datasets.sampling import drawn_rows
 from pointcanon.datasets.split import stratified_split
 from pointcanon.errors import DataError, InputError
+from pointcanon.readers.arrays import npz_array
 
 __all__ = ["FILE_NAME", "RNA", "VALIDATION_FRACTION", "RnaFile", "rna_file_at"]
 
@@ -163,15 +164,18 @@ class RnaFile:
             DataError: If it is damaged, or not as :class:`RNA` says.
         """
         try:
-            with np.load(self.path) as file:
-                absent = [key for key in _Arrays._fields if key not in file]
+            with ZipFile(self.path) as file:
+                known = [name.removesuffix(".npy") for name in file.namelist()]
+                absent = [key for key in _Arrays._fields if key not in known]
                 if absent:
                     raise DataError(
-                        f"{self.path} holds {', '.join(file) or 'nothing'}, but no "
+                        f"{self.path} holds {', '.join(known) or 'nothing'}, but no "
                         f"{' and no '.join(absent)}"
                     )
-                held = _Arrays(*(file[key] for key in _Arrays._fields))
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
+                held = _Arrays(*(npz_array(file, key) for key in _Arrays._fields))
+        except DataError:
+            raise
+        except Exception as error:  # damage shows in more ways than can be listed
             raise DataError(
                 f"{self.path} cannot be read, it is damaged or incomplete ({error})"
             ) from error

@@ -17,12 +17,12 @@ the clouds in a file (a :class:`Ref` each, with its category), and reads one clo
 from __future__ import annotations
 
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -30,9 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pointcanon.classes import SHAPENET_PART_CATEGORIES
+from pointcanon import checkpoint
+from pointcanon.classes import SHAPENET_PART_CATEGORIES, SHAPENET_PART_PARTS, part_ranges
 from pointcanon.datasets.modelnet_layouts import Ref
-from pointcanon.errors import DataError, InputError
+from pointcanon.errors import DataError, InputError, PointcanonError
+from pointcanon.readers.arrays import h5_dataset
 
 if TYPE_CHECKING:
     import h5py
@@ -49,34 +51,30 @@ __all__ = [
     "layouts_at",
 ]
 
-_PARTS_OF: dict[str, tuple[str, tuple[str, ...]]] = {
-    "airplane": ("02691156", ("body", "wing", "tail", "engine")),
-    "bag": ("02773838", ("handle", "body")),
-    "cap": ("02954340", ("peak", "panel")),
-    "car": ("02958343", ("roof", "hood", "wheel", "body")),
-    "chair": ("03001627", ("back", "seat", "leg", "arm")),
-    "earphone": ("03261776", ("earphone", "headband", "microphone")),
-    "guitar": ("03467517", ("head", "neck", "body")),
-    "knife": ("03624134", ("blade", "handle")),
-    "lamp": ("03636649", ("base", "shade", "ceiling", "tube")),
-    "laptop": ("03642806", ("keyboard", "screen")),
-    "motorbike": ("03790512", ("gas tank", "seat", "wheel", "handle", "light", "body")),
-    "mug": ("03797390", ("handle", "body")),
-    "pistol": ("03948459", ("barrel", "handle", "trigger")),
-    "rocket": ("04099429", ("body", "fin", "nose")),
-    "skateboard": ("04225987", ("wheel", "deck", "bearing")),
-    "table": ("04379243", ("top", "leg", "drawer")),
+_SYNSETS: dict[str, str] = {
+    "airplane": "02691156",
+    "bag": "02773838",
+    "cap": "02954340",
+    "car": "02958343",
+    "chair": "03001627",
+    "earphone": "03261776",
+    "guitar": "03467517",
+    "knife": "03624134",
+    "lamp": "03636649",
+    "laptop": "03642806",
+    "motorbike": "03790512",
+    "mug": "03797390",
+    "pistol": "03948459",
+    "rocket": "04099429",
+    "skateboard": "04225987",
+    "table": "04379243",
 }
-"""By category, its WordNet synset and its parts. The files number the parts and name none: the
-names are those in common use."""
+"""By category, its WordNet synset, which names its folder."""
 
-PARTS: tuple[str, ...] = tuple(
-    f"{category}/{part}" for category in SHAPENET_PART_CATEGORIES for part in _PARTS_OF[category][1]
-)
-_FIRST = accumulate((len(_PARTS_OF[name][1]) for name in SHAPENET_PART_CATEGORIES), initial=0)
-PART_RANGES: tuple[range, ...] = tuple(range(first, after) for first, after in pairwise(_FIRST))
+PARTS: tuple[str, ...] = SHAPENET_PART_PARTS
+PART_RANGES: tuple[range, ...] = part_ranges(SHAPENET_PART_CATEGORIES, PARTS)
 
-_CATEGORY_OF = {synset: category for category, (synset, _) in _PARTS_OF.items()}
+_CATEGORY_OF = {synset: category for category, synset in _SYNSETS.items()}
 _RANGE_OF = dict(zip(SHAPENET_PART_CATEGORIES, PART_RANGES, strict=True))
 _SPLITS = ("train", "val", "test")
 
@@ -208,7 +206,7 @@ class TxtLayout(PartLayout):
                 )
             if _CATEGORY_OF[synset] in classes:
                 path = self.folder / synset / f"{name}.txt"
-                if path.is_file():
+                if os.path.isfile(path):
                     present.append(path)
                 else:
                     missing.append(f"{synset}/{name}.txt")
@@ -233,7 +231,7 @@ def _json_list(path: Path) -> list[Any]:
         raise DataError(
             f"{path}, which lists the clouds of that split, cannot be read ({error.strerror})"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no list in json ({error}); fetch it again") from error
     if not isinstance(held, list):
         raise DataError(f"{path} holds a {type(held).__name__}, not a list of clouds")
@@ -315,11 +313,11 @@ class H5Layout(PartLayout):
                     f"split, and no {split}*.h5"
                 )
             return found, []
-        lines = self._list(split).read_text(encoding="utf-8").splitlines()
+        lines = self._list(split).read_text(encoding="utf-8", errors="replace").splitlines()
         # in some copies a list names paths relative to another root: only the last part counts
         names = [PureWindowsPath(line.strip()).name for line in lines if line.strip()]
-        present = [self.folder / name for name in names if (self.folder / name).is_file()]
-        return present, [name for name in names if not (self.folder / name).is_file()]
+        present = [self.folder / name for name in names if os.path.isfile(self.folder / name)]
+        return present, [name for name in names if not os.path.isfile(self.folder / name)]
 
     def refs(self, path: Path) -> list[Ref]:
         with _h5_file(path) as file:
@@ -373,7 +371,7 @@ def _labels_parts(path: Path) -> bool:
     try:
         with h5py.File(path, "r") as file:
             return "pid" in file or "seg" in file
-    except OSError:
+    except Exception:  # of whatever kind: reading it will say what is wrong
         return True
 
 
@@ -394,6 +392,8 @@ def _h5_file(path: Path) -> Iterator[h5py.File]:
                     f"{path} holds {', '.join(map(repr, file)) or 'nothing'}; a ShapeNet-Part h5 "
                     "file holds 'data', 'label' and 'pid' (or 'seg')"
                 )
+            for key in (*needed, *(["normal"] if "normal" in file else [])):
+                h5_dataset(file, key)
             clouds = file["data"].shape
             if len(clouds) != 3 or clouds[-1] != 3:
                 raise DataError(f"{path}: 'data' has shape {clouds}, expected (n, P, 3)")
@@ -409,7 +409,9 @@ def _h5_file(path: Path) -> Iterator[h5py.File]:
                     f"{path}: 'normal' has shape {file['normal'].shape}, expected {clouds}"
                 )
             yield file
-    except OSError as error:
+    except PointcanonError:
+        raise
+    except Exception as error:  # h5py raises whatever a damaged file leads it to
         raise DataError(
             f"{path} cannot be read as HDF5, it is damaged or incomplete; fetch it again ({error})"
         ) from error
@@ -529,13 +531,24 @@ def _map(path: Path) -> _Mapped:
     if absent:
         raise DataError(f"{path} holds {', '.join(data)}, but no {' and no '.join(absent)}")
     points, parts, normals = data["pos"], data["y"], data.get("x")
+    plain = [isinstance(value, Tensor) and checkpoint.is_whole(value) for value in (points, parts)]
+    if not all(plain) or points.ndim != 2 or points.shape[1] != 3:
+        raise DataError(f"{path}: its pos and y are no plain tensors (n, 3) and (n,)")
     if parts.shape != points.shape[:1]:
         raise DataError(f"{path} holds {len(points)} points but {len(parts)} part labels")
-    if normals is not None and normals.shape != points.shape:
+    if not (isinstance(normals, Tensor) and checkpoint.is_whole(normals)):
+        normals = None
+    elif normals.shape != points.shape:
         normals = None  # features of another kind, from a pre_transform
     # a single cloud is stored without slices
-    starts = [0, len(points)] if slices is None else slices["pos"].tolist()
-    category = torch.as_tensor(data["category"]).reshape(-1).numpy()
+    try:
+        starts = [0, len(points)] if slices is None else slices["pos"].tolist()
+        category = torch.as_tensor(data["category"]).reshape(-1).numpy()
+        ordered = sorted(starts) == starts and 0 <= min(starts) <= max(starts) <= len(points)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError):
+        ordered = False
+    if not ordered:
+        raise DataError(f"{path} does not say where each of its clouds begins")
     if len(category) != len(starts) - 1:
         raise DataError(f"{path} holds {len(starts) - 1} clouds but {len(category)} categories")
     return _Mapped(points, parts, normals, starts, category)
@@ -547,9 +560,10 @@ def _load_weights_only(path: Path) -> Any:
     # the file names its class, and nothing else, as torch_geometric itself allows
     torch.serialization.add_safe_globals([Data])
     try:
+        checkpoint.check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever a damaged or foreign file leads it to
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
             f"{path} cannot be read without running code from it, or is damaged ({reason}); let "
             "torch_geometric process raw/ again, or read raw/ as the txt layout"

@@ -20,7 +20,7 @@ from pointcanon.coordinates import CoordinateFrame
 from pointcanon.datasets import UNLABELLED
 from pointcanon.datasets.collate import collate
 from pointcanon.datasets.given import GivenClouds
-from pointcanon.errors import InputError
+from pointcanon.errors import InputError, NotFiniteError
 from pointcanon.eval.evaluate import check_fit, chosen_clouds, evaluating, now, shown
 from pointcanon.eval.metrics import predicted_parts
 from pointcanon.eval.protocols import pose_rotations
@@ -47,6 +47,7 @@ class WorstCloud:
 
     Attributes:
         index: Among the clouds that were handed over.
+        source: The file it comes from, where the data set says.
         agreement: Share of the answers under any rotation that are those to the cloud as it comes.
         rotation: 3 x 3, the one drawn that changes most.
         upright: What the network says of the cloud as it comes; None of a part network.
@@ -54,6 +55,7 @@ class WorstCloud:
     """
 
     index: int
+    source: str | None
     agreement: float
     rotation: tuple[tuple[float, ...], ...]
     upright: str | None
@@ -234,7 +236,7 @@ def audit(
         batch_size: Clouds at once.
         device: Where to compute; by default where the network is.
         num_workers: Processes that read the data; 0 reads here.
-        limit: Use this many clouds, spread evenly.
+        limit: Use this many clouds, drawn from all of them.
         worst: Clouds to name.
         progress: Show a bar on standard error, where that is a terminal.
 
@@ -270,7 +272,7 @@ def audit(
         walks = _walk(model, batches, turns, given, like)
 
     def robustness(name: str, walk: _Walk) -> Robustness:
-        return _robustness(name, walk, turns[:, chosen], seeds, chosen, given.classes, worst)
+        return _robustness(name, walk, turns[:, chosen], seeds, chosen, given, worst)
 
     name = type(told).__name__ if isinstance(told, nn.Module) else _name(told)
     front = walks[1] if len(walks) > 1 else None
@@ -317,11 +319,12 @@ def meet(
     if isinstance(predictor, PartPredictor):
         if predictor.num_categories and not given.labelled:
             raise InputError(
-                "the network is told the category of the object: pass the categories as labels"
+                "the network is told the category of the object: pass the categories as labels; "
+                "files lie in a folder named after it"
             )
         categories = range(max(1, predictor.num_categories))
         given.classes = given.classes or list(predictor.classes or map(str, categories))
-        given.parts = given.parts or tuple(map(str, range(predictor.num_parts)))
+        given.parts = given.parts or tuple(predictor.parts or map(str, range(predictor.num_parts)))
     else:
         given.classes = given.classes or list(
             predictor.classes or map(str, range(predictor.num_classes))
@@ -378,7 +381,10 @@ def _walk(
             for turn in turns[:, batch["index"]]:
                 posed = _posed(batch, turn, like)
                 started = now(like.device)
-                answer, passes = ask(model, posed)
+                try:
+                    answer, passes = ask(model, posed)
+                except NotFiniteError as error:
+                    raise NotFiniteError(int(batch["index"][error.cloud]), error.remedy) from error
                 seconds.append((now(like.device) - started) / len(turn))
                 said.append(_decided(model, answer.cpu(), batch, given))
             truth = said[0] if truth is None else truth
@@ -446,8 +452,7 @@ def _decided(
     if model.segments:
         broken = (broken & batch.get("mask", torch.tensor(True))).any(dim=1)
     if bool(broken.any()):
-        place = int(batch["index"][broken][0])
-        raise InputError(f"the network answers NaN or infinity for cloud {place}")
+        raise NotFiniteError(int(batch["index"][broken][0]), "check the weights")
     if model.segments and given.labelled:
         return predicted_parts(answer, batch["label"], given.part_ranges)
     return answer.argmax(dim=-1)
@@ -470,7 +475,7 @@ def _robustness(
     turns: Tensor,
     seeds: Sequence[int],
     chosen: list[int],
-    classes: list[str],
+    given: GivenClouds,
     worst: int,
 ) -> Robustness:
     count = len(seeds)
@@ -482,9 +487,12 @@ def _robustness(
 
     def named(place: int) -> WorstCloud:
         pose = anyhow.start + int(walk.agreement[anyhow, place].argmin())
-        said = [classes[int(walk.said[p, place])] for p in (0, pose)] if walk.said.numel() else None
+        said = None
+        if walk.said.numel():
+            said = [given.classes[int(walk.said[p, place])] for p in (0, pose)]
         return WorstCloud(
             index=chosen[place],
+            source=given.source(chosen[place]),
             agreement=kept[place].item(),
             rotation=tuple(map(tuple, turns[pose, place].tolist())),
             upright=said[0] if said else None,

@@ -1,11 +1,7 @@
-"""Pictures of an audit: the scores against the angle of rotation, and the clouds that change most.
-
-The figures are none of pyplot's, so they need no display; a notebook shows them as they are.
-"""
+"""Pictures of an audit: scores against the angle of rotation, and the clouds that change most."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,17 +9,15 @@ import torch
 
 from pointcanon.datasets.given import GivenClouds
 from pointcanon.errors import InputError
+from pointcanon.eval import style
 from pointcanon.eval.audit import ANGLES, Audit, Robustness
-from pointcanon.eval.pictures import as_seen, draw
-from pointcanon.files import atomic_write
+from pointcanon.eval.curve import draw_curve
+from pointcanon.eval.pictures import as_seen_alike, draw, gallery_panels, heights, of_height
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["curve", "worst_gallery"]
-
-ALONE, CANONICALIZED = "#d55e00", "#0072b2"
-"""Of Okabe and Ito (2008), which the colour-blind tell apart."""
 
 
 def curve(audit: Audit, path: str | Path | None = None) -> Figure:
@@ -31,27 +25,22 @@ def curve(audit: Audit, path: str | Path | None = None) -> Figure:
 
     Args:
         audit: What is drawn.
-        path: Of a PNG; missing folders are made.
+        path: Ends in ``.png``, ``.pdf`` or ``.svg``; missing folders are made.
 
     Raises:
         DataError: If the file cannot be written.
     """
-    figure = _figure(6.0, 3.6)
-    panel = figure.subplots()
-    for network, colour in ((audit.alone, ALONE), (audit.canonicalized, CANONICALIZED)):
-        if network is not None:
-            percent = [100 * share for share in network.score_by_angle]
-            panel.plot(ANGLES, percent, color=colour, marker="o", markersize=3, label=network.name)
+    figure = style.new_figure(4.2, 3.0)
+    networks = [network for network in (audit.alone, audit.canonicalized) if network is not None]
+    shares = {network.name: network.score_by_angle for network in networks}
     what = "accuracy" if audit.labelled else "agreement with upright"
-    panel.set(
-        xlabel="angle of rotation about a random axis, degrees",
-        ylabel=f"{what}, % of {'points' if audit.segments else 'clouds'}",
-        xlim=(0, 180),
-        xticks=ANGLES[::2],
-        ylim=(0, 102),
+    of = "points" if audit.segments else "clouds"
+    draw_curve(figure.subplots(), ANGLES, shares, audit.n, f"{what} (% of {of})")
+    note = (
+        f"{audit.n:,} clouds (seed {audit.seeds[0]}), each about an axis of its own;\n"
+        "bands: 95 % intervals over clouds"
     )
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, loc="lower left")
+    figure.supxlabel(note, fontsize=style.NOTE, color=style.GREY)
     _write(figure, path)
     return figure
 
@@ -64,7 +53,7 @@ def worst_gallery(
     Args:
         network: Of the audit of these clouds.
         given: All clouds of the audit.
-        path: Of a PNG; missing folders are made.
+        path: Ends in ``.png``, ``.pdf`` or ``.svg``; missing folders are made.
 
     Raises:
         DataError: If the file cannot be written.
@@ -73,37 +62,24 @@ def worst_gallery(
     worst = network.worst
     if not worst:
         raise InputError(f"{network.name} never changes its answer: there is nothing to draw")
-    figure = _figure(1.8 * len(worst) + 0.4, 4.5)
-    panels = figure.subplots(2, len(worst), squeeze=False)
-    for column, cloud in enumerate(worst):
+    figure, panels = gallery_panels(("as it comes", "turned"), len(worst))
+    for column, cloud in zip(panels.T, worst, strict=True):
         points = given[cloud.index]["points"].double()
         turned = points @ torch.tensor(cloud.rotation, dtype=torch.float64).mT
-        for panel, pose in zip(panels[:, column], (points, turned), strict=True):
-            seen = as_seen(pose, given.coordinate_frame)
-            draw(panel, seen / (float(seen[:, :2].abs().max()) or 1.0))
-        panels[0, column].set_title(f"cloud {cloud.index}", fontsize=9)
-        panels[0, column].set_xlabel(cloud.upright or "", fontsize=8)
-        panels[1, column].set_xlabel(
-            f"{cloud.turned or ''}\nstays for {100 * cloud.agreement:.0f} %".lstrip(), fontsize=8
+        colours = of_height(heights(points, given.coordinate_frame))
+        seen = as_seen_alike((points, turned), given.coordinate_frame)
+        for panel, pose in zip(column, seen, strict=True):
+            draw(panel, pose, colours)
+        column[0].set_title(f"cloud {cloud.index}", fontsize=style.TITLE)
+        column[0].set_xlabel(cloud.upright or "", fontsize=style.LABEL)
+        column[1].set_xlabel(
+            f"{cloud.turned or ''}\nstays for {100 * cloud.agreement:.0f} %".lstrip(),
+            fontsize=style.LABEL,
         )
-    for panel, name in zip(panels[:, 0], ("as it comes", "turned"), strict=True):
-        panel.set_ylabel(name, fontsize=10)
     _write(figure, path)
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _write(figure: Figure, path: str | Path | None) -> None:
-    if path is None:
-        return
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    atomic_write(path, image.getvalue())
+    if path is not None:
+        style.write(figure, path)

@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch import distributed as processes
+from torch.utils.data import DataLoader
 
 from pointcanon.canonicalizers import Identity
 from pointcanon.coordinates import coordinate_frame
 from pointcanon.datasets import CloudDataset, PartDataset
 from pointcanon.datasets.collate import collate
-from pointcanon.errors import CheckpointError, DataError, InputError
+from pointcanon.datasets.sampling import drawn_rows
+from pointcanon.errors import CheckpointError, DataError, InputError, NotFiniteError
 from pointcanon.eval import protocols
 from pointcanon.eval.protocols import Protocol
 from pointcanon.eval.scores import ClassScores, PartScores, Scores, Tally, Trials, tally_for
@@ -189,6 +191,7 @@ def evaluate(
     limit: int | None = None,
     restricted: bool = True,
     max_points: int | None = None,
+    distributed: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Measure a network on data as they come and under the rotations of a protocol.
@@ -207,11 +210,13 @@ def evaluate(
         batch_size: Clouds at once.
         device: Where to compute; by default where the model is.
         num_workers: Processes that read the data; 0 reads here.
-        limit: Use this many clouds, spread evenly over the data set, each turned as it is in the
+        limit: Use this many clouds, drawn from all over the data set, each turned as it is in the
             whole.
         restricted: A part network chooses among the parts of the cloud's class, which it is told,
             rather than among all.
         max_points: Of a part network at once; see :meth:`Canonicalized.predict_in`.
+        distributed: Divide the batches among the processes of ``torch.distributed``: all of them
+            call this, and all are answered the whole. The figures are those of one process.
         progress: Show a bar on standard error, where that is a terminal.
 
     Raises:
@@ -238,22 +243,25 @@ def evaluate(
         return tally_for(dataset, poses, parts=model.segments, restricted=restricted)
 
     turns = _turns(protocol, dataset, seeds)
+    batches = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
     loader: DataLoader[Any] = DataLoader(
-        Subset(dataset, chosen),  # type: ignore[arg-type]
-        batch_size,
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=_dealt(batches) if distributed else batches,
         num_workers=num_workers,
         collate_fn=collate,
         generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
     )
-    with evaluating(model, device) as like, shown(loader, progress) as batches:
-        walk = _walk(model, batches, turns, like, tally, max_points)
+    with evaluating(model, device) as like, shown(loader, progress) as dealt:
+        walk = _walk(model, dealt, turns, like, tally, max_points)
+    if distributed:
+        walk = _of_all_processes(walk)
     found = walk.frames
     return Evaluation(
         dataset=dataset.name,
         split=getattr(dataset, "split", None),
         coordinate_frame=str(dataset.coordinate_frame),
         n=len(chosen),
-        num_points=walk.num_points,
+        num_points=min(walk.sizes) if len(walk.sizes) == 1 else None,
         restricted=restricted if model.segments else None,
         protocol=protocol,
         seeds=tuple(seeds),
@@ -325,7 +333,10 @@ def _check_count(
 
 
 def chosen_clouds(dataset: CloudDataset, limit: int | None) -> list[int]:
-    """Indices of ``limit`` clouds spread evenly over the data set; of all, where it is None.
+    """Indices of ``limit`` clouds drawn from all over the data set; of all, where it is None.
+
+    They are in order, and a function of the two numbers alone. Every so-many-th cloud would do
+    only where classes do not come in turn.
 
     Raises:
         DataError: If the data set is empty.
@@ -338,7 +349,7 @@ def chosen_clouds(dataset: CloudDataset, limit: int | None) -> list[int]:
         return list(range(size))
     if limit < 1:
         raise InputError(f"limit is {limit}; choose at least 1 cloud")
-    return [i * size // limit for i in range(limit)]
+    return sorted(drawn_rows(size, limit, "").tolist())
 
 
 class _Found(NamedTuple):
@@ -355,12 +366,41 @@ class _Found(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """What a walk through the data brings home; ``bare`` is None without a canonicalizer."""
+    """What a walk through the data brings home: ``bare`` is None without a canonicalizer, ``clouds
+    (n,)`` says which the frames are of, ``sizes`` what numbers of points they have.
+    """
 
     tally: Tally
     bare: Tally | None
     frames: _Found
-    num_points: int | None
+    clouds: Tensor
+    sizes: set[int]
+
+
+def _dealt(batches: list[list[int]]) -> list[list[int]]:
+    """The batches of this process."""
+    rank, world = processes.get_rank(), processes.get_world_size()
+    if len(batches) < world:
+        raise InputError(
+            f"{len(batches)} batches cannot be divided among {world} processes: "
+            "choose a smaller batch_size, or start fewer"
+        )
+    return batches[rank::world]
+
+
+def _of_all_processes(walk: _Walk) -> _Walk:
+    """What all processes brought home, the clouds in order."""
+    walks: list[Any] = [None] * processes.get_world_size()
+    processes.all_gather_object(walks, walk)
+    first, *others = cast(list[_Walk], walks)
+    for other in others:
+        first.tally.join(other.tally)
+        if first.bare is not None and other.bare is not None:
+            first.bare.join(other.bare)
+    numbers, order = torch.cat([walk.clouds for walk in walks]).sort()
+    found = _joined([walk.frames for walk in walks], partial(torch.cat, dim=1))
+    found = found._replace(rotation=found.rotation[:, order], degenerate=found.degenerate[:, order])
+    return _Walk(first.tally, first.bare, found, numbers, set().union(*(w.sizes for w in walks)))
 
 
 def _walk(
@@ -377,6 +417,7 @@ def _walk(
     compared = max(1, len(turns) - 1)
     counted, bare = tally(len(turns)), tally(compared)
     found: list[_Found] = []
+    numbers: list[Tensor] = []
     sizes: set[int] = set()
     for batch in batches:
         clouds = [_turned(batch, turn, like) for turn in turns[:, batch["index"]]]
@@ -390,13 +431,15 @@ def _walk(
                 for cloud in clouds[:compared]
             ]
             bare.update([answer for answer, _ in asked], batch)
+        numbers.append(batch["index"])
         real = batch.get("mask", torch.ones(batch["points"].shape[:2]))
         sizes |= set(real.sum(dim=1).long().tolist())
     return _Walk(
         counted,
         bare if compare else None,
         _joined(found, partial(torch.cat, dim=1)),
-        sizes.pop() if len(sizes) == 1 else None,
+        torch.cat(numbers),
+        sizes,
     )
 
 
@@ -474,7 +517,10 @@ def _ask(
     started = now(points.device)
     frames = model.canonicalizer(*geometry)
     posed = now(points.device)
-    answer = model.predict_in(frames, *geometry, category, max_points=max_points)
+    try:
+        answer = model.predict_in(frames, *geometry, category, max_points=max_points)
+    except NotFiniteError as error:
+        raise NotFiniteError(int(batch["index"][error.cloud]), error.remedy) from error
     done = now(points.device)
     expected = (*points.shape[: 2 if model.segments else 1], outputs)
     if answer.shape != expected:
@@ -487,8 +533,7 @@ def _ask(
     if model.segments:
         broken = (broken & batch.get("mask", torch.tensor(True))).any(dim=1)
     if bool(broken.any()):
-        place = int(batch["index"][broken][0])
-        raise InputError(f"the model answers NaN or infinity for cloud {place}; check its weights")
+        raise NotFiniteError(int(batch["index"][broken][0]), "check the weights")
     seconds = (posed - started) / len(points), (done - posed) / len(points)
     rotation = frames.best().rotations[:, 0].double().cpu()
     return answer, _Found(rotation, frames.degenerate.cpu(), frames.count, [seconds])

@@ -48,6 +48,7 @@ def predicted_parts(
     """
     if restricted:
         own = _membership(part_ranges, scores.shape[-1], scores.device)[category]
+        scores = scores if scores.is_floating_point() else scores.double()  # votes may be counts
         scores = scores.masked_fill(~own[:, None], -torch.inf)
     return scores.argmax(dim=-1)
 

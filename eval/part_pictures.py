@@ -1,9 +1,7 @@
-"""Pictures of parts, as found and in truth: a PNG, and a page to turn and zoom them in."""
+"""Pictures of parts, as found and in truth."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,34 +11,30 @@ import torch
 from torch import Tensor
 
 from pointcanon.canonicalizers import Identity
-from pointcanon.coordinates import CoordinateFrame, convert
+from pointcanon.coordinates import CoordinateFrame
 from pointcanon.datasets import UNLABELLED
 from pointcanon.errors import InputError
-from pointcanon.eval.pictures import as_seen, draw, of_many_classes, turned_cloud
+from pointcanon.eval import style
+from pointcanon.eval.pictures import (
+    as_seen_alike,
+    draw,
+    gallery_panels,
+    of_many_classes,
+    turned_cloud,
+)
 from pointcanon.eval.protocols import Protocol, pose_rotations
 from pointcanon.eval.protocols import protocol as protocol_named
-from pointcanon.eval.viewer import page
-from pointcanon.files import atomic_write
+from pointcanon.eval.sweep import part_scores
 from pointcanon.model import Canonicalized
 
 if TYPE_CHECKING:
     from pointcanon.datasets import PartDataset
 
-__all__ = ["PartPicture", "part_gallery", "part_page", "part_png"]
+__all__ = ["PartPicture", "part_gallery", "part_pictures"]
 
-PALETTE = (
-    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a90a", "#7a5195"),
-    *("#8c564b", "#17becf"),
-)
-"""Of classes of few parts; the hues of Okabe and Ito (2008), which the colour-blind tell apart."""
+OF_ANOTHER_CLASS, UNKNOWN = "#222222", style.UNMARKED
 
-OF_ANOTHER_CLASS, UNKNOWN = "#222222", "#d0d4d8"
-RIGHT, WRONG = "#d3d7db", "#d62728"
-
-ROWS = ("as received\n(truth)", "canonical\n(truth)", "canonical\n(found)", "errors")
-
-MOST_POINTS = 20_000
-"""Of a cloud on the page, so that it turns smoothly."""
+ROWS = ("as received:\ntruth", "canonical:\ntruth", "canonical:\nfound", "canonical:\nerrors")
 
 
 class PartPicture(NamedTuple):
@@ -64,50 +58,43 @@ class PartPicture(NamedTuple):
     own: range
     notes: tuple[str, str]
 
+    @property
+    def wrong(self) -> Tensor:
+        """``(N,)`` bool, of the points whose part is known."""
+        return (self.truth != UNLABELLED) & (self.truth != self.found)
 
-def part_gallery(
+
+def part_pictures(
     model: Canonicalized,
     dataset: PartDataset,
     protocol: Protocol | str,
-    folder: str | Path,
     *,
     seed: int = 0,
     count: int = 8,
     restricted: bool = True,
     max_points: int | None = None,
-) -> None:
-    """Write ``parts.png`` and ``parts.html`` of test clouds, of as many classes as there can be.
-
-    Each cloud is shown as received and in canonical pose, both coloured by the truth; with the
-    parts that were found; and with the points that were given a wrong part.
+) -> list[PartPicture]:
+    """Test clouds in the pose of a protocol, of as many classes as there can be, and their parts.
 
     Args:
         model: Its predictor labels parts.
         dataset: Where the clouds come from.
         protocol: Its test pose turns the clouds as :func:`~pointcanon.eval.evaluate.evaluate` does.
-        folder: Of both files; made where it is missing.
         seed: Of the test rotations.
         count: Clouds; fewer where the data set is smaller.
         restricted: As for :func:`~pointcanon.eval.evaluate.evaluate`.
         max_points: As for :func:`~pointcanon.eval.evaluate.evaluate`.
 
     Raises:
-        DataError: If a file cannot be written.
         InputError: If ``count`` < 1.
         UsageError: On an unknown protocol.
     """
     pose = protocol_named(protocol).test
     turns = pose_rotations(pose, len(dataset), dataset.coordinate_frame.up_axis, seed=seed)
-    pictures = [
+    return [
         _picture(model, dataset, index, turns[index], restricted, max_points)
         for index in of_many_classes(dataset, count)
     ]
-    frame = dataset.coordinate_frame
-    part_png(pictures, Path(folder) / "parts.png", coordinate_frame=frame)
-    where = f"{dataset.name} {getattr(dataset, 'split', '')}".rstrip()
-    behind = type(model.canonicalizer).__name__
-    title = f"{where}, pose {pose}: {type(model.predictor).__name__} behind {behind}"
-    part_page(pictures, dataset.parts, Path(folder) / "parts.html", title, coordinate_frame=frame)
 
 
 def _picture(
@@ -118,7 +105,7 @@ def _picture(
     restricted: bool,
     max_points: int | None,
 ) -> PartPicture:
-    from pointcanon.eval.metrics import predicted_parts, shape_iou
+    from pointcanon.eval.metrics import predicted_parts
 
     item: Any = dataset[index]  # of a part data set, so it has parts
     points, normals = turned_cloud(item, turn, model)
@@ -131,11 +118,8 @@ def _picture(
         )
         scores = answer.probabilities.cpu()
         parts = predicted_parts(scores, category, ranges, restricted=restricted)
-        if len(ranges) > 1:
-            note = f"mIoU {100 * shape_iou(parts, truth, category, ranges).item():.0f} %"
-        else:
-            right = (parts == truth)[truth != UNLABELLED].double().mean().item()
-            note = f"{100 * right:.0f} % of points"
+        share = f"{100 * part_scores(parts, truth, category, ranges).item():.0f} %"
+        note = f"mIoU {share}" if len(ranges) > 1 else f"{share} of points"
         return parts[0], answer.rotation, note
 
     found, rotation, note = ask(model)
@@ -152,13 +136,13 @@ def _picture(
     )
 
 
-def part_png(
+def part_gallery(
     pictures: Sequence[PartPicture],
     path: str | Path,
     *,
     coordinate_frame: str | CoordinateFrame = "z-up",
 ) -> None:
-    """A PNG with a column for each cloud, a row for each of :data:`ROWS`, seen from one eye.
+    """A picture with a column for each cloud, a row for each of :data:`ROWS`, seen from one eye.
 
     Raises:
         InputError: If there are no clouds, or one cannot be drawn.
@@ -166,85 +150,23 @@ def part_png(
     """
     if not pictures:
         raise InputError("0 clouds to draw; give at least one")
-    # not pyplot: a figure of its own has no global state, and needs no display
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.8 * len(pictures) + 0.4, 8.2), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(ROWS), len(pictures), squeeze=False)
+    figure, panels = gallery_panels(ROWS, len(pictures))
     for column, picture in zip(panels.T, pictures, strict=True):
-        received, canonical = (
-            as_seen(cloud, coordinate_frame) for cloud in (picture.received, picture.canonical)
-        )
-        size = max(float(cloud[:, :2].abs().max()) for cloud in (received, canonical)) or 1.0
+        received, canonical = as_seen_alike((picture.received, picture.canonical), coordinate_frame)
         truth, found = (
             _rgb([colour_of(int(part), picture.own) for part in parts])
             for parts in (picture.truth, picture.found)
         )
-        errors = _rgb([RIGHT, WRONG])[_wrong(picture).long().numpy()]
-        draw(column[0], received / size, truth)
+        errors = _rgb([style.UNMARKED, style.WRONG])[picture.wrong.long().numpy()]
+        draw(column[0], received, truth)
         for panel, colours in zip(column[1:], (truth, found, errors), strict=True):
-            draw(panel, canonical / size, colours)
-        column[0].set_title(picture.title, fontsize=9)
-        column[0].set_xlabel(picture.notes[0], fontsize=8)
-        column[2].set_xlabel(picture.notes[1], fontsize=8)
-        share = float(_wrong(picture).double().mean())
-        column[3].set_xlabel(f"{100 * share:.0f} % wrong", fontsize=8)
-    for panel, name in zip(panels[:, 0], ROWS, strict=True):
-        panel.set_ylabel(name, fontsize=10)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    atomic_write(path, image.getvalue())
-
-
-def part_page(
-    pictures: Sequence[PartPicture],
-    parts: Sequence[str],
-    path: str | Path,
-    title: str,
-    *,
-    coordinate_frame: str | CoordinateFrame = "z-up",
-) -> None:
-    """A page that needs nothing but a browser: the pictures of :func:`part_png`, to be turned.
-
-    Args:
-        pictures: At least one.
-        parts: Names of all parts.
-        path: Of the HTML file.
-        title: Of the page.
-        coordinate_frame: Frame of all clouds, which says where up is.
-
-    Raises:
-        DataError: If the file cannot be written.
-    """
-    clouds = [_on_page(picture, coordinate_frame) for picture in pictures]
-    atomic_write(path, page(title, {"parts": list(parts), "clouds": clouds}))
-
-
-def _on_page(picture: PartPicture, frame: str | CoordinateFrame) -> dict[str, Any]:
-    step = -(-len(picture.truth) // MOST_POINTS)
-    clouds = [
-        convert(cloud[::step].double(), frame, "z-up")
-        for cloud in (picture.received, picture.canonical)
-    ]
-    clouds = [cloud - (cloud.amin(dim=0) + cloud.amax(dim=0)) / 2 for cloud in clouds]
-    size = max(float(cloud.norm(dim=1).max()) for cloud in clouds) or 1.0
-    return {
-        "title": picture.title,
-        "notes": list(picture.notes),
-        "first": picture.own.start,
-        "colours": [colour_of(part, picture.own) for part in picture.own],
-        "received": _packed(clouds[0] / size * 32767),
-        "canonical": _packed(clouds[1] / size * 32767),
-        "truth": _packed(picture.truth[::step]),
-        "found": _packed(picture.found[::step]),
-    }
-
-
-def _packed(values: Tensor) -> str:
-    """As base64 of little-endian int16."""
-    return base64.b64encode(values.round().numpy().astype("<i2").tobytes()).decode()
+            draw(panel, canonical, colours)
+        column[0].set_title(picture.title, fontsize=style.TITLE)
+        share = float(picture.wrong.double().mean())
+        notes = (picture.notes[0], "", picture.notes[1], f"{100 * share:.0f} % wrong")
+        for panel, note in zip(column, notes, strict=True):
+            panel.set_xlabel(note, fontsize=style.NOTE)
+    style.write(figure, path)
 
 
 def colour_of(part: int, own: range) -> str:
@@ -253,8 +175,8 @@ def colour_of(part: int, own: range) -> str:
         return UNKNOWN
     if part not in own:
         return OF_ANOTHER_CLASS
-    if len(own) <= len(PALETTE):
-        return PALETTE[part - own.start]
+    if len(own) <= len(style.PALETTE):
+        return style.PALETTE[part - own.start]
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -264,7 +186,3 @@ def colour_of(part: int, own: range) -> str:
 def _rgb(colours: Sequence[str]) -> np.ndarray:
     """``(N, 3)`` in [0, 1]."""
     return np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours]) / 255
-
-
-def _wrong(picture: PartPicture) -> Tensor:
-    return (picture.truth != UNLABELLED) & (picture.truth != picture.found)

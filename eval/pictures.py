@@ -1,12 +1,11 @@
-"""Pictures of clouds, as received and in canonical pose."""
+"""Pictures of clouds, as received and in canonical pose, with the classes found."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,78 +14,99 @@ from torch import Tensor, nn
 from pointcanon.canonicalizers import Identity
 from pointcanon.coordinates import CoordinateFrame, convert
 from pointcanon.errors import InputError
+from pointcanon.eval import style
 from pointcanon.eval.protocols import Protocol, pose_rotations
 from pointcanon.eval.protocols import protocol as protocol_named
-from pointcanon.files import atomic_write
 from pointcanon.model import Canonicalized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from pointcanon.datasets import CloudDataset, CloudItem
 
-__all__ = ["canonical_gallery", "gallery"]
+__all__ = ["ClassPicture", "Verdict", "canonical_gallery", "class_pictures", "gallery"]
 
 AZIMUTH, ELEVATION = -55.0, 22.0
 """Degrees: where the eye is, about the up axis and above the ground."""
 
 
+COLOURS = "colour: height of the point in the data's own pose, low is dark"
+
+POSES = ["as received", "canonical"]
+"""Of the rows of a gallery."""
+
+
+class Verdict(NamedTuple):
+    """What a network says of a cloud, and whether that is right."""
+
+    said: str
+    right: bool
+
+    def __str__(self) -> str:
+        return f"{'✓' if self.right else '✗'} {self.said}"
+
+    @property
+    def colour(self) -> str:
+        return style.RIGHT if self.right else style.WRONG
+
+
+class ClassPicture(NamedTuple):
+    """A cloud of N points and what was said of it.
+
+    Attributes:
+        title: Of the picture.
+        received: ``(N, 3)``.
+        canonical: ``(N, 3)``, in canonical pose.
+        height: ``(N,)`` in [0, 1], of the points in the pose that the data come in.
+        verdicts: Of the predictor alone and of the model; None where nothing is said.
+    """
+
+    title: str
+    received: Tensor
+    canonical: Tensor
+    height: Tensor
+    verdicts: tuple[Verdict, Verdict] | None = None
+
+
 def gallery(
-    points_before: Sequence[Tensor],
-    points_after: Sequence[Tensor],
-    titles: Sequence[str],
+    pictures: Sequence[ClassPicture],
     path: str | Path,
     *,
     coordinate_frame: str | CoordinateFrame = "z-up",
-    notes: tuple[Sequence[str], Sequence[str]] | None = None,
+    speakers: tuple[str, str] | None = None,
 ) -> None:
-    """A PNG with a column for each cloud: as received above, in canonical pose below.
+    """A picture with a column for each cloud: as received above, in canonical pose below.
 
-    All panels are seen from one eye, up is up, near points are darker and larger. Both panels of a
-    column have the same scale, the largest that fits.
+    All panels are seen from one eye, up is up, near points are darker and larger. The colour of a
+    point is its height in the data's own pose, so that it can be followed. Both panels of a column
+    have the same scale, the largest that fits.
 
     Args:
-        points_before: Clouds ``(N, 3)``.
-        points_after: The same clouds in canonical pose.
-        titles: Of the columns; may have several lines.
-        path: Of the PNG; missing folders are made.
+        pictures: At least one.
+        path: Ends in ``.png``, ``.pdf`` or ``.svg``; missing folders are made.
         coordinate_frame: Frame of all clouds, which says where up is.
-        notes: Texts below the panels of the upper and of the lower row.
+        speakers: Whose verdicts stand below the upper and the lower row.
 
     Raises:
-        InputError: If there are no clouds, their numbers differ, or a cloud cannot be drawn.
+        InputError: If there are no clouds, or one cannot be drawn.
         DataError: If the file cannot be written.
     """
-    columns = len(titles)
-    if not columns or not len(points_before) == len(points_after) == columns:
-        raise InputError(
-            f"{len(points_before)} clouds before, {len(points_after)} after and {columns} titles; "
-            "give as many of each, at least one"
-        )
-    rows = [
-        [as_seen(cloud, coordinate_frame) for cloud in row] for row in (points_before, points_after)
-    ]
-
-    # not pyplot: a figure of its own has no global state, and needs no display
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.8 * columns + 0.4, 4.5), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(2, columns, squeeze=False)
-    for column, title in enumerate(titles):
-        size = max(float(row[column][:, :2].abs().max()) for row in rows) or 1.0
-        for row, panel in zip(rows, panels[:, column], strict=True):
-            draw(panel, row[column] / size)
-        panels[0, column].set_title(title, fontsize=9)
-    for panel, name in zip(panels[:, 0], ("as received", "canonical"), strict=True):
-        panel.set_ylabel(name, fontsize=10)
-    for row_of_panels, texts in zip(panels, notes or (), strict=False):
-        for panel, text in zip(row_of_panels, texts, strict=True):
-            panel.set_xlabel(text, fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    atomic_write(path, image.getvalue())
+    if not pictures:
+        raise InputError("0 clouds to draw; give at least one")
+    rows = POSES
+    if speakers is not None:
+        rows = [f"{pose}:\n{speaker}" for pose, speaker in zip(POSES, speakers, strict=True)]
+    figure, panels = gallery_panels(rows, len(pictures))
+    for column, picture in zip(panels.T, pictures, strict=True):
+        seen = as_seen_alike((picture.received, picture.canonical), coordinate_frame)
+        for panel, cloud in zip(column, seen, strict=True):
+            draw(panel, cloud, of_height(picture.height))
+        column[0].set_title(picture.title, fontsize=style.TITLE)
+        for panel, verdict in zip(column, picture.verdicts or (), strict=False):
+            panel.set_xlabel(str(verdict), fontsize=style.LABEL, color=verdict.colour)
+    figure.supxlabel(COLOURS, fontsize=style.NOTE, color=style.GREY)
+    style.write(figure, path)
 
 
 def canonical_gallery(
@@ -98,48 +118,80 @@ def canonical_gallery(
     seed: int = 0,
     count: int = 8,
 ) -> None:
-    """A :func:`gallery` of test clouds in the pose of a protocol, of as many classes as it can.
+    """The :func:`gallery` of :func:`class_pictures`, which says what may be raised."""
+    gallery(
+        class_pictures(model, dataset, protocol, seed=seed, count=count),
+        path,
+        coordinate_frame=dataset.coordinate_frame,
+        speakers=speakers(model),
+    )
 
-    Below each cloud stands what the predictor alone says of it, and what the model says.
+
+def class_pictures(
+    model: Canonicalized,
+    dataset: CloudDataset,
+    protocol: Protocol | str,
+    *,
+    seed: int = 0,
+    count: int = 8,
+) -> list[ClassPicture]:
+    """Test clouds in the pose of a protocol, of as many classes as there can be, and their classes.
 
     Args:
         model: Its predictor is a classifier.
         dataset: Where the clouds come from.
         protocol: Its test pose turns the clouds as :func:`~pointcanon.eval.evaluate.evaluate` does.
-        path: Of the PNG.
         seed: Of the test rotations.
         count: Clouds; fewer where the data set is smaller.
 
     Raises:
-        DataError: If the file cannot be written.
         InputError: If ``count`` < 1.
         UsageError: On an unknown protocol.
     """
     pose = protocol_named(protocol).test
-    chosen = of_many_classes(dataset, count)
-    turns = pose_rotations(pose, len(dataset), dataset.coordinate_frame.up_axis, seed=seed)
-    clouds = [turned_cloud(dataset[i], turns[i], model) for i in chosen]
-    answers = [model.predict(points, normals=normals) for points, normals in clouds]
+    frame = dataset.coordinate_frame
+    turns = pose_rotations(pose, len(dataset), frame.up_axis, seed=seed)
     alone = Canonicalized(model.predictor, Identity())
-    verdicts = [int(answer.labels) for answer in answers]
-    before = [int(alone.predict(points, normals=normals).labels) for points, normals in clouds]
-    received = [points for points, _ in clouds]
-    canonical = [
-        points @ answer.rotation.to(points)
-        for points, answer in zip(received, answers, strict=True)
-    ]
-    labels = [int(dataset.labels[i]) for i in chosen]
-    gallery(
-        [points[0].cpu() for points in received],
-        [points[0].cpu() for points in canonical],
-        [dataset.classes[label] for label in labels],
-        path,
-        coordinate_frame=dataset.coordinate_frame,
-        notes=(
-            _verdicts(before, labels, dataset.classes),
-            _verdicts(verdicts, labels, dataset.classes),
-        ),
-    )
+
+    def picture(index: int) -> ClassPicture:
+        item = dataset[index]
+        points, normals = turned_cloud(item, turns[index], model)
+        answer = model.predict(points, normals=normals)
+        said = (alone.predict(points, normals=normals).labels, answer.labels)
+        first, second = (
+            Verdict(dataset.classes[int(label)], int(label) == item["label"]) for label in said
+        )
+        return ClassPicture(
+            title=dataset.classes[item["label"]],
+            received=points[0].cpu(),
+            canonical=(points @ answer.rotation.to(points))[0].cpu(),
+            height=heights(item["points"], frame),
+            verdicts=(first, second),
+        )
+
+    return [picture(index) for index in of_many_classes(dataset, count)]
+
+
+def heights(cloud: Tensor, frame: str | CoordinateFrame) -> Tensor:
+    """``(N,)`` float64, 0 at the lowest point and 1 at the highest."""
+    up = convert(cloud.detach().cpu().double(), frame, "z-up")[:, 2]
+    return (up - up.min()) / (up.max() - up.min()).clamp(min=1e-12)
+
+
+def of_height(height: Tensor) -> np.ndarray:
+    """Colours ``(N, 3)`` in [0, 1]."""
+    from matplotlib import colormaps
+
+    name, low, high = style.HEIGHTS
+    return colormaps[name](low + (high - low) * height.numpy())[:, :3]
+
+
+def speakers(model: Canonicalized) -> tuple[str, str]:
+    """Names of the predictor alone and of the model."""
+    predictor = type(model.predictor).__name__
+    if isinstance(model.canonicalizer, Identity):
+        return predictor, predictor
+    return f"{predictor} alone", f"behind {type(model.canonicalizer).__name__}"
 
 
 def turned_cloud(item: CloudItem, turn: Tensor, model: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -163,11 +215,21 @@ def of_many_classes(dataset: CloudDataset, count: int) -> list[int]:
     return [*firsts.tolist(), *(int(rest[i * len(rest) // more]) for i in range(more))]
 
 
-def _verdicts(predicted: list[int], labels: list[int], classes: Sequence[str]) -> list[str]:
-    return [
-        f"{'✓' if guess == label else '✗'} {classes[guess]}"
-        for guess, label in zip(predicted, labels, strict=True)
-    ]
+def gallery_panels(rows: Sequence[str], columns: int) -> tuple[Figure, Any]:
+    """A figure, and its panels ``(rows, columns)``, each named at its left."""
+    height = (style.PANEL + 0.22) * len(rows) + 0.45
+    figure = style.new_figure(style.PANEL * columns + 0.4, height)
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for panel, name in zip(panels[:, 0], rows, strict=True):
+        panel.set_ylabel(name, fontsize=style.LABEL)
+    return figure, panels
+
+
+def as_seen_alike(clouds: Sequence[Tensor], frame: str | CoordinateFrame) -> list[Tensor]:
+    """As :func:`as_seen`, all at the largest scale at which each is within -1 and 1."""
+    seen = [as_seen(cloud, frame) for cloud in clouds]
+    size = max(float(cloud[:, :2].abs().max()) for cloud in seen) or 1.0
+    return [cloud / size for cloud in seen]
 
 
 def as_seen(cloud: Tensor, frame: str | CoordinateFrame) -> Tensor:
@@ -180,28 +242,17 @@ def as_seen(cloud: Tensor, frame: str | CoordinateFrame) -> Tensor:
     return seen - (seen.amin(dim=0) + seen.amax(dim=0)) / 2
 
 
-def draw(panel: Axes, seen: Tensor, colours: np.ndarray | None = None) -> None:
-    """A cloud within -1 and 1 across and up, far points first.
-
-    Colours ``(N, 3)`` in [0, 1] fade with the distance; without any, near points are darker.
-    """
+def draw(panel: Axes, seen: Tensor, colours: np.ndarray) -> None:
+    """A cloud within -1 and 1 across and up, far points first, in colours ``(N, 3)`` in [0, 1] that
+    fade with the distance."""
     order = seen[:, 2].argsort()
     right, up, towards = seen[order].unbind(dim=1)
     depth = float(towards.abs().max()) or 1.0
     near = ((towards / depth + 1) / 2).numpy()
-    shades: dict[str, Any] = {
-        "c": near,
-        "cmap": "viridis_r",
-        "vmin": -0.15,  # the palest yellow does not show on white
-        "vmax": 1.0,
-    }
-    if colours is not None:
-        shades = {"c": 1 - (1 - colours[order.numpy()]) * (0.55 + 0.45 * near[:, None])}
-    density = min(1.0, (1024 / len(seen)) ** 0.5)
-    sizes = (1.5 + 5 * near) * density
-    panel.scatter(right.numpy(), up.numpy(), s=sizes, linewidths=0, **shades)
-    panel.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal", xticks=[], yticks=[])
-    panel.spines[:].set_visible(False)
+    faded = 1 - (1 - colours[order.numpy()]) * (0.55 + 0.45 * near[:, None])
+    sizes = (0.7 + 2.4 * near) * min(1.0, (1024 / len(seen)) ** 0.5)
+    panel.scatter(right.numpy(), up.numpy(), s=sizes, linewidths=0, c=faded)
+    style.bare_panel(panel, 1.05)
 
 
 def _eye() -> Tensor:

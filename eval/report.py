@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pointcanon.eval.evaluate import Evaluation
 from pointcanon.eval.protocols import POSES
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["render", "to_json", "write_json"]
+__all__ = ["Grid", "by_class", "findings", "render", "scores", "to_json", "write_json"]
 
 HEADINGS = {
     "overall_accuracy": "overall",
@@ -91,46 +91,117 @@ def write_json(evaluation: Evaluation, path: str | Path) -> None:
     atomic_write(path, json.dumps(to_json(evaluation), indent=2, allow_nan=False) + "\n")
 
 
-def render(evaluation: Evaluation, console: Console) -> None:
-    """Print an evaluation for a person: percentages, with and without canonicalization."""
-    from rich.markup import escape
-    from rich.table import Table
+class Grid(NamedTuple):
+    """A table before it is set.
 
+    Attributes:
+        title: Above it.
+        note: Below it.
+        corner: Of the column of names.
+        headings: Of the other columns, each a group, which some of them share, and a name.
+        rows: A name, and a text for each column.
+    """
+
+    title: str
+    note: str
+    corner: str
+    headings: list[tuple[str, str]]
+    rows: list[tuple[str, list[str]]]
+
+
+def scores(evaluation: Evaluation) -> Grid:
+    """What the network scores, alone and behind its canonicalizer, by pose."""
     trials, bare, figures = evaluation.trials, evaluation.bare, _shown(evaluation)
     pose, seeds = evaluation.protocol.test, evaluation.seeds
-    where = f"{evaluation.dataset} {evaluation.split or ''}".rstrip()
     size = (
         "different size" if evaluation.num_points is None else f"{evaluation.num_points:,} points"
     )
-    caption = f"protocol {evaluation.protocol}"
+    note = f"protocol {evaluation.protocol}"
     if seeds:
-        caption += f" ({pose}: {POSES[pose]}), seeds {', '.join(map(str, seeds))}"
+        note += f" ({pose}: {POSES[pose]}), seeds {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
-        caption += ", mean ± s.d."
+        note += ", mean ± s.d."
     if evaluation.restricted is not None and len(trials.aligned.per_class) > 1:
         among = "parts of the class" if evaluation.restricted else "all parts"
-        caption += f"; chosen among {among}"
-    table = Table(
-        title=escape(f"{where}, {evaluation.n:,} clouds of {size}"),
-        caption=escape(caption),
-        title_justify="left",
-    )
-    poses = [POSES["I"]] + [f"under {pose}"] * bool(seeds)
-    table.add_column("accuracy %" if evaluation.restricted is None else "parts %")
-    for heading in poses:
-        for place, figure in enumerate(figures):
-            above = "" if place else heading
-            table.add_column(f"{above}\n{HEADINGS[figure]}", justify="right")
-    if bare is not None:
-        table.add_row(f"{evaluation.predictor} alone", *_row(bare, figures))
-        table.add_row(f"behind {evaluation.canonicalizer}", *_row(trials, figures), style="bold")
+        note += f"; chosen among {among}"
+    if bare is None:
+        rows = [(evaluation.predictor, _row(trials, figures))]
     else:
-        table.add_row(evaluation.predictor, *_row(trials, figures))
-    console.print(table)
-    if evaluation.restricted is not None and len(trials.aligned.per_class) > 1:
-        console.print(_by_class(evaluation, poses))
-    for name, text in _findings(evaluation):
+        rows = [
+            (f"{evaluation.predictor} alone", _row(bare, figures)),
+            (f"behind {evaluation.canonicalizer}", _row(trials, figures)),
+        ]
+    return Grid(
+        title=f"{where(evaluation)}, {evaluation.n:,} clouds of {size}",
+        note=note,
+        corner="accuracy %" if evaluation.restricted is None else "parts %",
+        headings=[(pose, HEADINGS[figure]) for pose in _poses(evaluation) for figure in figures],
+        rows=rows,
+    )
+
+
+def by_class(evaluation: Evaluation) -> Grid:
+    """The score of each class that has clouds."""
+    both = [("alone", evaluation.bare), ("", evaluation.trials)]
+    columns = [
+        ((whose, pose), scores.per_class)
+        for whose, trials in both
+        if trials is not None
+        for pose, scores in zip(_poses(evaluation), (trials.aligned, trials.mean), strict=False)
+    ]
+    if evaluation.bare is not None:
+        columns = [
+            ((whose or f"behind {evaluation.canonicalizer}", pose), shares)
+            for (whose, pose), shares in columns
+        ]
+    return Grid(
+        title=("accuracy" if evaluation.restricted is None else "mIoU") + " % by class",
+        note="",
+        corner="class",
+        headings=[heading for heading, _ in columns],
+        rows=[
+            (name, [_percent(shares[name] or 0.0) for _, shares in columns])
+            for name, share in evaluation.trials.aligned.per_class.items()
+            if share is not None
+        ],
+    )
+
+
+def where(evaluation: Evaluation) -> str:
+    """Data set and split."""
+    return f"{evaluation.dataset} {evaluation.split or ''}".rstrip()
+
+
+def render(evaluation: Evaluation, console: Console) -> None:
+    """Print an evaluation for a person: percentages, with and without canonicalization."""
+    from rich.markup import escape
+
+    console.print(_set(scores(evaluation), last_bold=evaluation.bare is not None))
+    if evaluation.restricted is not None and len(evaluation.trials.aligned.per_class) > 1:
+        console.print(_set(by_class(evaluation)))
+    for name, text in findings(evaluation):
         console.print(f"{name:<18} {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _set(grid: Grid, *, last_bold: bool = False) -> Table:
+    """For a terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(grid.title), caption=escape(grid.note) or None, title_justify="left")
+    table.add_column(grid.corner)
+    above = [""] + [group for group, _ in grid.headings]
+    for before, (group, name) in zip(above, grid.headings, strict=False):
+        table.add_column(f"{'' if group == before else group}\n{name}", justify="right")
+    for place, (name, cells) in enumerate(grid.rows, 1):
+        bold = last_bold and place == len(grid.rows)
+        table.add_row(name, *cells, style="bold" if bold else None)
+    return table
+
+
+def _poses(evaluation: Evaluation) -> list[str]:
+    pose = evaluation.protocol.test
+    return [POSES["I"]] + [f"under {pose}"] * bool(evaluation.seeds)
 
 
 def _shown(evaluation: Evaluation) -> tuple[str, ...]:
@@ -150,28 +221,7 @@ def _row(trials: Trials, figures: tuple[str, ...]) -> list[str]:
     return cells
 
 
-def _by_class(evaluation: Evaluation, poses: list[str]) -> Table:
-    """The mean IoU of each class that has clouds."""
-    from rich.table import Table
-
-    both = [("alone, ", evaluation.bare), ("", evaluation.trials)]
-    columns = [
-        (whose + pose, scores.per_class)
-        for whose, trials in both
-        if trials is not None
-        for pose, scores in zip(poses, (trials.aligned, trials.mean), strict=False)
-    ]
-    table = Table(title="mIoU % by class", title_justify="left")
-    table.add_column("class")
-    for heading, _ in columns:
-        table.add_column(heading.replace(", ", ",\n"), justify="right")
-    for name, share in evaluation.trials.aligned.per_class.items():
-        if share is not None:
-            table.add_row(name, *(_percent(shares[name] or 0.0) for _, shares in columns))
-    return table
-
-
-def _findings(evaluation: Evaluation) -> list[tuple[str, str]]:
+def findings(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Name and text of each line below the table."""
     frames, timing = evaluation.frames, evaluation.timing
     canonicalized = evaluation.bare is not None

@@ -127,6 +127,10 @@ class Tally(ABC):
         """Count the answers to a batch, one for each pose, on the CPU."""
 
     @abstractmethod
+    def join(self, other: Any) -> None:
+        """Take in what another of the same kind counted, of other clouds."""
+
+    @abstractmethod
     def scores(self, pose: int) -> Scores:
         """Of all that was counted in a pose."""
 
@@ -164,6 +168,10 @@ class _ClassTally(Tally):
     def update(self, answers: Sequence[Tensor], batch: dict[str, Tensor]) -> None:
         self._predicted.append(torch.stack([answer.argmax(dim=1) for answer in answers]))
         self._labels.append(batch["label"])
+
+    def join(self, other: _ClassTally) -> None:
+        self._predicted += other._predicted
+        self._labels += other._labels
 
     def scores(self, pose: int) -> ClassScores:
         from torchmetrics.functional.classification import multiclass_accuracy
@@ -207,10 +215,10 @@ class _PartTally(Tally):
             "label_miou": LabelIoU,
             "per_class": CategoryIoU,
         }
+        # what other processes count is joined where it is asked for, not behind our back
+        options = {"restricted": restricted, "sync_on_compute": False}
         self._metrics = [
-            MetricCollection(
-                {name: of(self._ranges, restricted=restricted) for name, of in figures.items()}
-            )
+            MetricCollection({name: of(self._ranges, **options) for name, of in figures.items()})
             for _ in range(poses)
         ]
         self._flipped = self._points = 0
@@ -229,6 +237,15 @@ class _PartTally(Tally):
             real = torch.ones_like(once, dtype=torch.bool) if mask is None else mask
             self._flipped += int((real & (once != again)).sum())
             self._points += int(real.sum())
+
+    def join(self, other: _PartTally) -> None:
+        for metrics, theirs in zip(self._metrics, other._metrics, strict=True):
+            found = dict(theirs.items())
+            for name, metric in metrics.items():
+                for state, total in metric.metric_state.items():  # sums, all of them
+                    setattr(metric, state, total + getattr(found[name], state))
+        self._flipped += other._flipped
+        self._points += other._points
 
     def scores(self, pose: int) -> PartScores:
         found = self._metrics[pose].compute()

@@ -1,118 +1,199 @@
-"""A page that shows clouds in a browser, turned by the mouse: one file that loads nothing."""
+"""Clouds that a browser turns: a piece of a page, which loads nothing.
+
+The page is whole before the script runs: headings, captions and legends are there for a reader of
+any kind, and the script only draws.
+"""
 
 from __future__ import annotations
 
+import base64
 import html
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["page"]
+import torch
+from torch import Tensor
+
+__all__ = ["STYLE", "Paint", "Scene", "View", "viewer"]
+
+MOST_POINTS = 8_000
+"""Of a cloud, so that it turns smoothly and the page stays small."""
+
+MOST_NAMES = 16
+"""In a legend; of more, about half as many are shown, spread evenly."""
 
 
-def page(title: str, data: dict[str, Any]) -> str:
-    """The page as HTML.
+class Paint(NamedTuple):
+    """Colours of N points.
 
-    Args:
-        title: Of the page.
-        data: ``parts``, the names of all; and ``clouds``, each with ``title``, ``notes`` (two),
-            ``first`` and ``colours`` of the parts of its class, and, as base64 of little-endian
-            int16, ``received`` and ``canonical`` (N * 3, z-up, 32767 = 1), ``truth`` and ``found``
-            (N parts, -1 for none).
+    Attributes:
+        name: What they show.
+        shade: ``(N,)`` int64 from 0, the colour of each point.
+        colours: As ``#rrggbb``.
+        labels: What each colour stands for; empty where that needs no word.
     """
-    script = json.dumps(data, ensure_ascii=True).replace("<", "\\u003c")
-    return PAGE.replace("@TITLE@", html.escape(title)).replace("@DATA@", script)
+
+    name: str
+    shade: Tensor
+    colours: Sequence[str]
+    labels: Sequence[str] = ()
 
 
-PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>@TITLE@</title>
-<style>
-  body { margin: 0 auto; max-width: 1180px; padding: 1rem; color: #1b1f24; background: #fff;
-         font: 14px/1.45 system-ui, sans-serif; }
-  h1 { font-size: 1.15rem; margin: 0 0 .3rem; }
-  h2 { font-size: 1rem; margin: 0; }
-  p { margin: 0 0 .6rem; color: #57606a; }
-  section { border-top: 1px solid #d8dee4; padding: .7rem 0; }
-  .panels { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem; }
-  figure { margin: 0; }
-  figcaption { color: #57606a; text-align: center; }
-  canvas { width: 100%; aspect-ratio: 1; display: block; cursor: grab; touch-action: none; }
-  .legend span { margin-right: 1em; white-space: nowrap; }
+class View(NamedTuple):
+    """One way to look at a scene; ``points`` and ``paint`` are places in its lists.
+
+    A note that holds ✓ or ✗ is a verdict.
+    """
+
+    caption: str
+    points: int
+    paint: int
+    note: str = ""
+
+
+class Scene(NamedTuple):
+    """An object of N points.
+
+    Attributes:
+        title: Above it.
+        points: Clouds ``(N, 3)``, z-up.
+        paints: The first with labels makes the legend; pointing at a point tells all that have.
+        views: Side by side.
+    """
+
+    title: str
+    points: Sequence[Tensor]
+    paints: Sequence[Paint]
+    views: Sequence[View]
+
+
+def viewer(scenes: Sequence[Scene], note: str = "") -> str:
+    """HTML for the body of a page whose head holds :data:`STYLE`; the note stands above."""
+    data = json.dumps([_data(scene) for scene in scenes]).replace("<", "\\u003c")
+    sections = "\n".join(_section(scene, place) for place, scene in enumerate(scenes))
+    wide = any(len(scene.views) > 2 for scene in scenes)
+    scenes_html = f'<div class="scenes{" wide" if wide else ""}">\n{sections}\n</div>'
+    return HELP.replace("@NOTE@", html.escape(note)) + scenes_html + SCRIPT.replace("@DATA@", data)
+
+
+def _section(scene: Scene, place: int) -> str:
+    title = html.escape(scene.title)
+    figures = "".join(
+        f'<figure><canvas role="img" aria-label="{title}, {html.escape(_plain(view))}"></canvas>'
+        f"<figcaption>{_caption(view)}</figcaption></figure>"
+        for view in scene.views
+    )
+    return (
+        f'<section class="scene"><h3>{title}</h3>{_legend(scene)}'
+        f'<div class="views" data-scene="{place}" role="group" tabindex="0" '
+        f'aria-label="{title}" aria-describedby="turning">{figures}</div></section>'
+    )
+
+
+def _plain(view: View) -> str:
+    spoken = view.note.replace("✓", "rightly").replace("✗", "wrongly")
+    return f"{view.caption}; {spoken}" if spoken else view.caption
+
+
+def _caption(view: View) -> str:
+    kind = "right" if "✓" in view.note else "wrong" if "✗" in view.note else ""
+    note = f'<br><span class="{kind}">{html.escape(view.note)}</span>' if view.note else ""
+    return html.escape(view.caption) + note
+
+
+def _legend(scene: Scene) -> str:
+    named = next((paint for paint in scene.paints if paint.labels), None)
+    if named is None:
+        return ""
+    present: list[int] = sorted(set(named.shade.tolist()))
+    step = 1 if len(present) <= MOST_NAMES else -(-len(present) // (MOST_NAMES // 2))
+    entries = "".join(
+        f'<li><i style="background:{named.colours[i]}"></i>{html.escape(named.labels[i])}</li>'
+        for i in present[::step]
+    )
+    return f'<ul class="legend">{entries}</ul>'
+
+
+def _data(scene: Scene) -> dict[str, Any]:
+    step = -(-len(scene.points[0]) // MOST_POINTS)
+    clouds = [cloud[::step].detach().cpu().double() for cloud in scene.points]
+    clouds = [cloud - (cloud.amin(dim=0) + cloud.amax(dim=0)) / 2 for cloud in clouds]
+    size = max(float(cloud.norm(dim=1).max()) for cloud in clouds) or 1.0
+    return {
+        "points": [_packed(cloud / size * 32767) for cloud in clouds],
+        "paints": [
+            {
+                "name": paint.name,
+                "shade": _packed(paint.shade[::step]),
+                "colours": list(paint.colours),
+                "labels": list(paint.labels),
+            }
+            for paint in scene.paints
+        ],
+        "views": [[view.points, view.paint] for view in scene.views],
+    }
+
+
+def _packed(values: Tensor) -> str:
+    """As base64 of little-endian int16."""
+    return base64.b64encode(torch.round(values).numpy().astype("<i2").tobytes()).decode()
+
+
+STYLE = """
+  .scene { margin: 0 0 1.2rem; }
+  .views { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .5rem;
+           border-radius: 4px; }
+  .scenes { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr));
+            gap: 0 1.5rem; }
+  .scenes.wide { grid-template-columns: 1fr; }
+  canvas { width: 100%; aspect-ratio: 1; display: block; cursor: grab; touch-action: pan-y; }
+  .legend { margin: 0; padding: 0; list-style: none; }
+  .legend li { display: inline-block; margin-right: 1em; white-space: nowrap; }
   .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%;
               margin-right: .35em; }
+  .right, .wrong { white-space: nowrap; }
+  .right { color: #0072b2; } .wrong { color: #b04a00; }
   #tip { position: fixed; pointer-events: none; display: none; padding: .2em .5em; color: #fff;
-         background: #24292fe6; border-radius: 4px; white-space: pre; }
-</style>
-<h1>@TITLE@</h1>
-<p>Drag to turn, wheel to zoom, double-click to begin again; point at a point to see its part.</p>
-<main></main>
-<div id="tip"></div>
+         background: #24292f; border-radius: 4px; white-space: pre; }
+"""
+
+HELP = """<p id="turning">Drag to turn all clouds together, or tab to one and use the arrow keys;
++ and − or Ctrl and the wheel zoom; double-click or Home to begin again.
+@NOTE@</p>
+<noscript><p>Clouds are drawn by a script, and scripts are off here.</p></noscript>
+<div id="tip" role="tooltip"></div>
+"""
+
+SCRIPT = r"""
 <script id="data" type="application/json">@DATA@</script>
 <script>
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const OTHER = "#222222", UNKNOWN = "#d0d4d8", RIGHT = "#d3d7db", WRONG = "#d62728";
 const START = { azimuth: -55, elevation: 22, zoom: 1 };
 const eye = { ...START };
-const panels = [];
+const tip = document.getElementById("tip");
 
 function unpack(text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  return new Int16Array(bytes.buffer);
+  return new Int16Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
 }
 
-function element(tag, parent, text) {
-  const made = parent.appendChild(document.createElement(tag));
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
+const scenes = JSON.parse(document.getElementById("data").textContent).map((scene) => ({
+  ...scene,
+  points: scene.points.map(unpack),
+  paints: scene.paints.map((paint) => ({
+    ...paint,
+    shade: unpack(paint.shade),
+    rgb: paint.colours.map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16))),
+  })),
+}));
 
-function rgb(hex) {
-  return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
-}
-
-function name(part) {
-  return part < 0 ? "none" : data.parts[part];
-}
-
-function show(cloud) {
-  const truth = unpack(cloud.truth), found = unpack(cloud.found);
-  const received = unpack(cloud.received), canonical = unpack(cloud.canonical);
-  const own = (p) => p < 0 ? UNKNOWN : cloud.colours[p - cloud.first] ?? OTHER;
-  const paint = (colour) => Array.from(truth, (t, i) => rgb(colour(t, found[i])));
-  const byTruth = paint((t) => own(t));
-  const wrong = (t, f) => t >= 0 && t !== f;
-  const section = element("section", document.querySelector("main"));
-  element("h2", section, cloud.title);
-  const legend = element("div", section);
-  legend.className = "legend";
-  const last = cloud.colours.length - 1;
-  cloud.colours.forEach((colour, i) => {
-    if (last > 15 && i % Math.ceil(last / 8) && i < last) return;
-    const entry = element("span", legend);
-    element("i", entry).style.background = colour;
-    entry.append(name(cloud.first + i));
+const panels = [...document.querySelectorAll(".views")].flatMap((group) => {
+  const scene = scenes[group.dataset.scene];
+  return [...group.querySelectorAll("canvas")].map((canvas, i) => {
+    const [points, paint] = scene.views[i];
+    return { canvas, scene, xyz: scene.points[points], paint: scene.paints[paint], seen: true };
   });
-  const row = element("div", section);
-  row.className = "panels";
-  const faults = truth.filter((t, i) => wrong(t, found[i])).length;
-  const share = `${Math.round(100 * faults / truth.length)} % wrong`;
-  for (const [caption, xyz, colours] of [
-    ["as received, truth" + (cloud.notes[0] && ` (${cloud.notes[0]})`), received, byTruth],
-    ["canonical, truth", canonical, byTruth],
-    [`canonical, found (${cloud.notes[1]})`, canonical, paint((t, f) => own(f))],
-    [`errors (${share})`, canonical, paint((t, f) => (wrong(t, f) ? WRONG : RIGHT))],
-  ]) {
-    const figure = element("figure", row);
-    const canvas = element("canvas", figure);
-    canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `${cloud.title}: ${caption}`);
-    element("figcaption", figure, caption);
-    panels.push({ canvas, xyz, colours, truth, found });
-  }
-}
+});
 
 // rows: right, up, towards the eye
 function view() {
@@ -122,23 +203,24 @@ function view() {
 }
 
 function draw(panel, m) {
-  const { canvas, xyz, colours } = panel;
+  const { canvas, xyz, paint } = panel;
   const size = Math.max(1, Math.round(canvas.clientWidth * (window.devicePixelRatio || 1)));
   if (canvas.width !== size) canvas.width = canvas.height = size;
   const context = canvas.getContext("2d");
   const image = context.createImageData(size, size);
   const depth = new Float32Array(size * size).fill(-Infinity);
   panel.nearest = new Int32Array(size * size).fill(-1);
+  const count = paint.shade.length;
   const scale = 0.48 * size * eye.zoom / 32767;
-  const thin = Math.min(1, Math.sqrt(1024 / colours.length));
+  const thin = Math.min(1, Math.sqrt(1024 / count));
   const radius = Math.max(0.8, size / 110 * Math.sqrt(eye.zoom) * thin);
-  for (let i = 0; i < colours.length; i++) {
+  for (let i = 0; i < count; i++) {
     const [x, y, z] = [xyz[3 * i], xyz[3 * i + 1], xyz[3 * i + 2]];
     const right = size / 2 + scale * (m[0] * x + m[1] * y + m[2] * z);
     const down = size / 2 - scale * (m[3] * x + m[4] * y + m[5] * z);
     const near = (m[6] * x + m[7] * y + m[8] * z) / 32767;
     const pale = Math.min(0.55, Math.max(0, 0.28 * (1 - near)));
-    const colour = colours[i].map((c) => c + (255 - c) * pale);
+    const colour = paint.rgb[paint.shade[i]].map((c) => c + (255 - c) * pale);
     const [left, top] = [Math.ceil(right - radius), Math.ceil(down - radius)];
     for (let v = Math.max(0, top); v <= Math.min(size - 1, down + radius); v++) {
       for (let u = Math.max(0, left); u <= Math.min(size - 1, right + radius); u++) {
@@ -161,9 +243,31 @@ function redraw() {
   requestAnimationFrame(() => {
     waiting = false;
     const m = view();
-    panels.forEach((panel) => draw(panel, m));
+    panels.filter((panel) => panel.seen).forEach((panel) => draw(panel, m));
   });
 }
+
+function turn(right, up) {
+  eye.azimuth -= right;
+  eye.elevation = Math.max(-90, Math.min(90, eye.elevation + up));
+  redraw();
+}
+
+function zoom(factor) {
+  eye.zoom = Math.max(0.5, Math.min(8, eye.zoom * factor));
+  redraw();
+}
+
+function restart() {
+  Object.assign(eye, START);
+  redraw();
+}
+
+const KEYS = {
+  ArrowLeft: () => turn(-10, 0), ArrowRight: () => turn(10, 0),
+  ArrowUp: () => turn(0, -10), ArrowDown: () => turn(0, 10),
+  "+": () => zoom(1.2), "=": () => zoom(1.2), "-": () => zoom(1 / 1.2), Home: restart,
+};
 
 // the point drawn nearest to a place, or -1
 function pick(panel, x, y) {
@@ -180,38 +284,49 @@ function pick(panel, x, y) {
   return found;
 }
 
-function listen(panel) {
-  const tip = document.getElementById("tip");
-  const canvas = panel.canvas;
+function tell(panel, event) {
+  const named = panel.scene.paints.filter((paint) => paint.labels.length);
+  const i = named.length ? pick(panel, event.offsetX, event.offsetY) : -1;
+  if (i < 0) return;
+  tip.textContent = named.map((p) => `${p.name}: ${p.labels[p.shade[i]]}`).join("\n");
+  tip.style.left = `${event.clientX + 12}px`;
+  tip.style.top = `${event.clientY + 12}px`;
+  tip.style.display = "block";
+}
+
+for (const panel of panels) {
+  const { canvas } = panel;
   canvas.addEventListener("pointerdown", (event) => canvas.setPointerCapture(event.pointerId));
   canvas.addEventListener("pointermove", (event) => {
     tip.style.display = "none";
-    if (event.buttons) {
-      eye.azimuth -= event.movementX * 0.5;
-      eye.elevation = Math.max(-90, Math.min(90, eye.elevation + event.movementY * 0.5));
-      redraw();
-      return;
-    }
-    const i = pick(panel, event.offsetX, event.offsetY);
-    if (i < 0) return;
-    tip.textContent = `truth ${name(panel.truth[i])}\nfound ${name(panel.found[i])}`;
-    tip.style.left = `${event.clientX + 12}px`;
-    tip.style.top = `${event.clientY + 12}px`;
-    tip.style.display = "block";
+    if (event.buttons) turn(event.movementX * 0.5, event.movementY * 0.5);
+    else tell(panel, event);
   });
   canvas.addEventListener("pointerleave", () => { tip.style.display = "none"; });
-  canvas.addEventListener("dblclick", () => { Object.assign(eye, START); redraw(); });
+  canvas.addEventListener("dblclick", restart);
   canvas.addEventListener("wheel", (event) => {
+    if (!event.ctrlKey) return; // or the page could not be scrolled
     event.preventDefault();
-    eye.zoom = Math.max(0.5, Math.min(8, eye.zoom * Math.exp(-event.deltaY * 0.001)));
-    redraw();
+    zoom(Math.exp(-event.deltaY * 0.001));
   }, { passive: false });
 }
-
-data.clouds.forEach(show);
-panels.forEach(listen);
+for (const group of document.querySelectorAll(".views")) {
+  group.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.altKey || event.metaKey || !KEYS[event.key]) return;
+    event.preventDefault();
+    KEYS[event.key]();
+  });
+}
+// what is out of sight need not follow; paper sees all
+const watch = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    panels.find((panel) => panel.canvas === target).seen = isIntersecting;
+  }
+  redraw();
+});
+panels.forEach(({ canvas }) => watch.observe(canvas));
+window.addEventListener("beforeprint", () => panels.forEach((panel) => draw(panel, view())));
 window.addEventListener("resize", redraw);
-redraw();
+panels.forEach((panel) => draw(panel, view()));
 </script>
-</html>
 """

@@ -26,10 +26,12 @@ from pointcanon import (
 from pointcanon.errors import (
     CheckpointError,
     DataError,
+    ExportError,
     InputError,
     PointcanonError,
     UsageError,
 )
+from pointcanon.export import export
 from pointcanon.frames import Frames
 from pointcanon.model import Canonicalized, Prediction, load
 
@@ -44,6 +46,7 @@ __all__ = [
     "Canonicalized",
     "CheckpointError",
     "DataError",
+    "ExportError",
     "Frames",
     "InputError",
     "PointcanonError",
@@ -52,6 +55,7 @@ __all__ = [
     "canonicalizers",
     "coordinates",
     "energies",
+    "export",
     "interop",
     "load",
     "losses",

@@ -23,27 +23,33 @@ this table only; they cannot name modules to import or code to run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import ZipFile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pointcanon.coordinates import COORDINATE_FRAMES
 from pointcanon.errors import CheckpointError
 from pointcanon.files import atomic_write
 
 __all__ = [
+    "Allowance",
     "Card",
     "build",
+    "check_archive",
     "check_fit",
     "describe",
     "is_safetensors",
+    "is_whole",
     "load",
     "load_state",
     "read_card",
@@ -52,8 +58,11 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-KINDS = ("predictor", "canonicalized")
+KINDS = ("predictor", "canonicalizer", "canonicalized")
 CARD_KEY = "pointcanon.card"
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a weight may be stored as."""
 
 _CLASSES: dict[str, type[nn.Module]] = {}
 _SPEC_KEYS = {"class", "hyperparameters"}
@@ -65,9 +74,10 @@ class Card:
     """What a checkpoint says about itself.
 
     Attributes:
-        kind: ``"predictor"`` or ``"canonicalized"``.
+        kind: ``"predictor"``, ``"canonicalizer"`` or ``"canonicalized"``, which is both.
         coordinate_frame: Name of the frame it was trained in (:mod:`pointcanon.coordinates`).
-        classes: Names of the output classes, in order.
+        classes: Names of the output classes, in order; of a part network, of the categories.
+        parts: Names of the parts, in order, of a part network.
         normalisation: What was done to each cloud, such as ``"unit-ball"``.
         training_command: The command line that trained it.
         metrics: Figures by name.
@@ -79,6 +89,7 @@ class Card:
     kind: str
     coordinate_frame: str | None = None
     classes: tuple[str, ...] | None = None
+    parts: tuple[str, ...] | None = None
     normalisation: str | None = None
     training_command: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -170,13 +181,15 @@ def _from_json(value: Any) -> Any:
     return value
 
 
-def save(path: str | Path, module: nn.Module, card: Card) -> None:
+def save(path: str | Path, module: nn.Module, card: Card, dtype: torch.dtype | None = None) -> None:
     """Write the weights of ``module`` and its card, atomically: the old file or the new, whole.
 
     Args:
         path: Conventionally ends in ``.safetensors``; missing folders are made.
         module: Rebuildable (see the top of this module).
         card: Its architecture and version are filled in here.
+        dtype: Floating-point weights are rounded to, such as float16 for half the size; the network
+            that is loaded computes in float32 all the same. None writes them as they are.
 
     Raises:
         CheckpointError: If the module cannot be described, or a field of the card is not valid.
@@ -186,8 +199,11 @@ def save(path: str | Path, module: nn.Module, card: Card) -> None:
     _check_card(card, path)
     metadata = {"format": "pt", CARD_KEY: json.dumps(asdict(card), allow_nan=False)}
     # clones, because safetensors refuses tensors that share memory
-    state = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
-    atomic_write(path, to_bytes(state, metadata=metadata))
+    state = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None, copy=True)
+        for name, value in module.state_dict().items()
+    }
+    atomic_write(path, to_bytes(state, metadata=metadata), durable=True)
 
 
 def is_safetensors(path: str | Path) -> bool:
@@ -237,7 +253,8 @@ def load(path: str | Path) -> tuple[nn.Module, Card]:
         )
     card = _parse_card(metadata[CARD_KEY], path)
     try:
-        module = build(card.architecture)
+        with Allowance(state.values()):
+            module = build(card.architecture)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if any(value.dtype == torch.float64 for value in state.values()):
@@ -259,6 +276,11 @@ def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], names
         CheckpointError: Naming the first keys that do not fit.
     """
     misfits = [
+        *(
+            f"{key} holds {state[key].dtype}"
+            for key, value in expected.items()
+            if key in state and not _same_kind(value, state[key])
+        ),
         *(f"missing {key}" for key in expected if key not in state),
         *(f"unexpected {key}" for key in state if key not in expected),
         *(
@@ -272,6 +294,77 @@ def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], names
     broken = [key for key, value in state.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise CheckpointError(f"{names}: NaN or infinite weights in {_first(broken)}")
+
+
+def _same_kind(expected: Tensor, found: Tensor) -> bool:
+    if expected.is_floating_point():
+        return found.dtype in FLOATS
+    return not (found.is_floating_point() or found.is_complex() or found.is_quantized)
+
+
+class Allowance(TorchDispatchMode):
+    """Refuses, while it is entered, to make networks much larger than the weights there are.
+
+    What a file declares of its network may be more than any memory has.
+
+    Args:
+        weights: All those there are.
+
+    Raises:
+        CheckpointError: By whatever makes a tensor too many.
+    """
+
+    SPARE, LEAST = 1 << 24, 1 << 10
+    """Numbers that are allowed in any case, and that the smallest tensor counts for."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._left = self.SPARE + 2 * sum(weight.numel() for weight in weights)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        shape = args[0] if args else None
+        if isinstance(shape, list | tuple) and all(isinstance(size, int) for size in shape):
+            self._left -= max(self.LEAST, math.prod(shape))
+            if self._left < 0:
+                raise CheckpointError("the network described is far larger than its weights")
+        return function(*args, **(kwargs or {}))
+
+
+def is_whole(value: Tensor) -> bool:
+    """Whether each number of a tensor is there: none is shared by stride, left out or elsewhere."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def check_archive(path: str | Path) -> list[str]:
+    """Refuse a file of ``torch.save`` that would unpack to more than it is itself.
+
+    PyTorch does not compress. Files from before 1.6, which are no archives, pass.
+
+    Returns:
+        The names of what it holds.
+
+    Raises:
+        CheckpointError: If it is compressed, damaged or cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            if file.read(4) != b"PK\3\4":
+                return []
+        with ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # zipfile has many ways to stumble
+        raise _unreadable(path, error) from error
+    size, stored = sum(entry.file_size for entry in entries), Path(path).stat().st_size
+    if size > stored:
+        raise CheckpointError(
+            f"{path} has {stored:,} bytes and would unpack to {size:,}, which no file of "
+            "torch.save does; save the weights again where it was made"
+        )
+    return [entry.filename for entry in entries]
 
 
 def _first(items: Iterable[str], count: int = 4) -> str:
@@ -288,7 +381,7 @@ def _open(path: str | Path, tensors: bool = False) -> tuple[dict[str, Tensor], d
             names = file.keys() if tensors else ()
             state = {name: file.get_tensor(name) for name in names}
             return state, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # of the library, or of a dtype that torch has no tensors for
         raise _unreadable(path, error) from error
 
 
@@ -306,7 +399,7 @@ def _parse_card(text: str, path: str | Path) -> Card:
     try:
         values = json.loads(text)
         found = values["format_version"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged card: {error!r}") from error
     if not isinstance(found, int) or found > FORMAT_VERSION:
         raise CheckpointError(
@@ -316,11 +409,16 @@ def _parse_card(text: str, path: str | Path) -> Card:
     unknown = set(values) - {entry.name for entry in fields(Card)}
     if unknown or "kind" not in values:
         raise CheckpointError(f"{path} has a damaged card: its fields are {sorted(values)}")
-    if isinstance(values.get("classes"), list):
-        values["classes"] = tuple(values["classes"])
+    for names in ("classes", "parts"):
+        if isinstance(values.get(names), list):
+            values[names] = tuple(values[names])
     card = Card(**values)
     _check_card(card, path)
     return card
+
+
+def _are_names(value: object) -> bool:
+    return value is None or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))
 
 
 def _check_card(card: Card, path: str | Path) -> None:
@@ -328,8 +426,8 @@ def _check_card(card: Card, path: str | Path) -> None:
     valid = {
         "kind": card.kind in KINDS,
         "coordinate_frame": card.coordinate_frame in (None, *COORDINATE_FRAMES),
-        "classes": card.classes is None
-        or (isinstance(card.classes, tuple) and all(isinstance(c, str) for c in card.classes)),
+        "classes": _are_names(card.classes),
+        "parts": _are_names(card.parts),
         "normalisation": isinstance(card.normalisation, optional_text),
         "training_command": isinstance(card.training_command, optional_text),
         "metrics": isinstance(card.metrics, Mapping)

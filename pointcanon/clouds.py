@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pointcanon import portable
 from pointcanon.errors import InputError
 from pointcanon.rotations import DEGENERATE_TOLERANCE
 
@@ -19,6 +20,8 @@ __all__ = [
     "normalise",
     "radius",
     "recentre",
+    "spread",
+    "unit_ball",
     "unit_scale",
 ]
 
@@ -121,11 +124,32 @@ def recentre(points: Tensor, mask: Tensor | None = None) -> Tensor:
     return points - (rest if mask is None else torch.where(mask[..., None], rest, 0.0))
 
 
+def spread(
+    points: Tensor, mask: Tensor | None, normals: Tensor | None, most: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """At most ``most`` points of each cloud, spread evenly over the order they come in.
+
+    Which they are depends on the numbers of points alone, so a cloud that is turned keeps the same.
+    """
+    if points.shape[1] <= most:
+        return points, mask, normals
+    place = torch.arange(most, device=points.device)
+    if mask is None:
+        index = place * points.shape[1] // most
+        return points[:, index], None, None if normals is None else normals[:, index]
+    counts = mask.sum(dim=1, keepdim=True)
+    real_first = (~mask).byte().argsort(dim=1, stable=True)
+    index = real_first.gather(1, torch.where(counts > most, place * counts // most, place))
+    rows = index[..., None].expand(-1, -1, 3)
+    normals = None if normals is None else normals.gather(1, rows)
+    return points.gather(1, rows), place < counts, normals
+
+
 def collinear(points: Tensor) -> Tensor:
     """Whether all points of a centred cloud lie on one line through the origin, ``(B,)`` bool."""
     tolerance = DEGENERATE_TOLERANCE[points.dtype]
     exact = points.detach().to(torch.float64)  # squares of what float32 tells apart
-    moments = torch.linalg.eigvalsh(exact.mT @ exact)
+    moments = portable.eigvalsh(exact.mT @ exact)
     return moments[..., 1] <= tolerance**2 * moments[..., 2]
 
 
@@ -133,7 +157,21 @@ def radius(points: Tensor, mask: Tensor | None = None) -> Tensor:
     """Largest distance of a real point from the origin, ``(B,)``."""
     if mask is not None:
         points = torch.where(mask[..., None], points, points.new_zeros(()))
-    return points.norm(dim=-1).amax(dim=1)
+    # no square of a coordinate is taken before the largest is 1
+    largest = points.detach().abs().amax(dim=(1, 2))
+    unit = points / torch.where(largest > 0, largest, torch.ones_like(largest))[:, None, None]
+    return largest * unit.norm(dim=-1).amax(dim=1)
+
+
+def unit_ball(points: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Divide each centred cloud by its radius.
+
+    A cloud at the origin stays there; padded points come out there.
+    """
+    if mask is not None:
+        points = torch.where(mask[..., None], points, points.new_zeros(()))
+    size = radius(points)[:, None, None]
+    return points / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def unit_scale(points: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -147,8 +185,21 @@ def unit_scale(points: Tensor, mask: Tensor | None = None) -> Tensor:
         points = torch.where(mask[..., None], points, points.new_zeros(()))
     largest = points.detach().abs().amax(dim=(1, 2), keepdim=True)
     points = points / torch.where(largest > 0, largest, torch.ones_like(largest))
+    _bound_gradient(points, largest)
     power = centroid(points.square(), mask).sum(dim=-1)[:, None, None]
     return points * torch.where(power > 0, power, torch.ones_like(power)).rsqrt()
+
+
+def _bound_gradient(quotient: Tensor, divisor: Tensor) -> None:
+    """Keep what flows back through a quotient within the range of its dtype.
+
+    Of an almost symmetric cloud of size 1e-27 it would leave it, and infinities of both signs, once
+    summed, are NaN.
+    """
+    if not quotient.requires_grad or torch.compiler.is_compiling():
+        return
+    most = divisor * (torch.finfo(quotient.dtype).max / max(1, quotient.shape[1:].numel()))
+    quotient.register_hook(lambda gradient: gradient.clamp(-most, most))
 
 
 def normalise(points: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -156,8 +207,4 @@ def normalise(points: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Padded points come out at the origin.
     """
-    centred = points - centroid(points, mask)[:, None]
-    if mask is not None:
-        centred = torch.where(mask[..., None], centred, centred.new_zeros(()))
-    size = radius(centred)
-    return centred / torch.where(size > 0, size, torch.ones_like(size))[:, None, None]
+    return unit_ball(points - centroid(points, mask)[:, None], mask)

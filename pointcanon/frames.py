@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from pointcanon import priors
 from pointcanon.errors import InputError
 from pointcanon.rotations import product
 
@@ -17,10 +18,12 @@ __all__ = ["Frames"]
 class Frames:
     """K candidate frames of each cloud, and how much each one counts.
 
-    A rotation R maps canonical to input: ``x = x_canonical @ R.mT + centre`` for rows of points.
+    A rotation R maps canonical to input: ``x = scale * x_canonical @ R.mT + centre`` for rows of
+    points.
 
     Attributes:
-        rotations: ``(B, K, 3, 3)``, det = +1.
+        rotations: ``(B, K, 3, 3)``, det = +1; -1 only where a cloud was mirrored because that was
+            asked for (``ForGroup`` with O(2) or O(3)).
         log_weights: ``(B, K)``, log of weights that sum to one over K.
         centre: ``(B, 3)``, the point that is moved to the origin.
         degenerate: ``(B,)`` bool, True where the cloud does not determine a frame (too few points,
@@ -28,6 +31,12 @@ class Frames:
         raw: ``(B, K, 3, C)`` or None, the vectors or matrices before orthonormalisation.
         stages: The intermediate frames of a canonicalizer that works in several steps, first one
             first, so that a loss can be a function of what was returned.
+        scale: ``(B,)`` or None, the size of each cloud, by which its canonical pose is divided;
+            None where clouds keep their size.
+        fisher: ``(B, K, 3, 3)`` or None, parameters F of matrix Fisher distributions whose modes
+            the rotations are, of a canonicalizer that says how sure it is.
+        embeddings: ``(B, G, D)`` or None, what a network answered to each of the G poses the frames
+            were chosen from.
     """
 
     rotations: Tensor
@@ -36,6 +45,9 @@ class Frames:
     degenerate: Tensor
     raw: Tensor | None = None
     stages: tuple[Frames, ...] = ()
+    scale: Tensor | None = None
+    fisher: Tensor | None = None
+    embeddings: Tensor | None = None
 
     @classmethod
     def of(
@@ -46,6 +58,9 @@ class Frames:
         degenerate: Tensor | None = None,
         raw: Tensor | None = None,
         stages: tuple[Frames, ...] = (),
+        scale: Tensor | None = None,
+        fisher: Tensor | None = None,
+        embeddings: Tensor | None = None,
     ) -> Frames:
         """Frames from rotations ``(B, K, 3, 3)`` or ``(B, 3, 3)``; the rest has plain defaults.
 
@@ -72,7 +87,28 @@ class Frames:
             centre = rotations.new_zeros(batch, 3)
         if degenerate is None:
             degenerate = torch.zeros(batch, dtype=torch.bool, device=rotations.device)
-        return cls(rotations, log_weights.log_softmax(dim=1), centre, degenerate, raw, stages)
+        return cls(
+            rotations,
+            log_weights.log_softmax(dim=1),
+            centre,
+            degenerate,
+            raw,
+            stages,
+            scale,
+            fisher,
+            embeddings,
+        )
+
+    def __getitem__(self, clouds: slice | Tensor) -> Frames:
+        """The frames of some of the clouds."""
+
+        def part(value: Tensor | tuple[Frames, ...] | None) -> Tensor | tuple[Frames, ...] | None:
+            if isinstance(value, tuple):
+                return tuple(stage[clouds] for stage in value)
+            return None if value is None else value[clouds]
+
+        parts = {field.name: part(getattr(self, field.name)) for field in fields(self)}
+        return Frames(**parts)  # type: ignore[arg-type]
 
     @property
     def count(self) -> int:
@@ -84,9 +120,24 @@ class Frames:
         """``(B, K)``, summing to one over K."""
         return self.log_weights.exp()
 
+    @property
+    def confidence(self) -> Tensor | None:
+        """``(B,)``, how sure the heaviest frame is, in [0, 1]; None where nothing says it.
+
+        :func:`pointcanon.priors.confidence` of its matrix Fisher distribution.
+        """
+        fisher = self.best().fisher
+        return None if fisher is None else priors.confidence(fisher[:, 0])
+
     def apply(self, points: Tensor) -> Tensor:
-        """Clouds ``(B, N, 3)`` in each canonical pose, ``(B, K, N, 3)``: ``(x - centre) @ R``."""
-        return self.apply_vectors(points - self.centre[:, None].to(points.dtype))
+        """Clouds ``(B, N, 3)`` in each canonical pose, ``(B, K, N, 3)``.
+
+        ``(x - centre) / scale @ R``.
+        """
+        centred = points - self.centre[:, None].to(points.dtype)
+        if self.scale is not None:
+            centred = centred / self.scale[:, None, None].to(points.dtype)
+        return self.apply_vectors(centred)
 
     def apply_vectors(self, vectors: Tensor) -> Tensor:
         """Directions such as normals ``(B, N, 3)``, rotated but not moved, ``(B, K, N, 3)``."""
@@ -94,7 +145,10 @@ class Frames:
 
     def invert(self, posed: Tensor) -> Tensor:
         """Back from canonical poses ``(B, K, N, 3)`` to the input's, ``(B, K, N, 3)``."""
-        return self.invert_vectors(posed) + self.centre[:, None, None].to(posed.dtype)
+        turned = self.invert_vectors(posed)
+        if self.scale is not None:
+            turned = turned * self.scale[:, None, None, None].to(posed.dtype)
+        return turned + self.centre[:, None, None].to(posed.dtype)
 
     def invert_vectors(self, posed: Tensor) -> Tensor:
         """Directions ``(B, K, N, 3)`` predicted in canonical pose, turned into the input's."""
@@ -116,17 +170,22 @@ class Frames:
         log_weights = self.log_weights[:, :, None] + inner.log_weights.unflatten(0, (batch, count))
         degenerate = self.degenerate | inner.degenerate.unflatten(0, (batch, count)).all(dim=1)
         return Frames.of(
-            rotations.flatten(1, 2), log_weights.flatten(1, 2), self.centre, degenerate
+            rotations.flatten(1, 2),
+            log_weights.flatten(1, 2),
+            self.centre,
+            degenerate,
+            scale=self.scale,
         )
 
     def select(self, index: Tensor) -> Frames:
         """The candidates ``index (B, M)`` of each cloud, weights renormalised over M."""
-        rotations = self.rotations.gather(1, index[..., None, None].expand(-1, -1, 3, 3))
-        log_weights = self.log_weights.gather(1, index).log_softmax(dim=1)
-        raw = self.raw
-        if raw is not None:
-            raw = raw.gather(1, index[..., None, None].expand(-1, -1, *raw.shape[2:]))
-        return replace(self, rotations=rotations, log_weights=log_weights, raw=raw)
+        return replace(
+            self,
+            rotations=_gather(self.rotations, index),
+            log_weights=self.log_weights.gather(1, index).log_softmax(dim=1),
+            raw=None if self.raw is None else _gather(self.raw, index),
+            fisher=None if self.fisher is None else _gather(self.fisher, index),
+        )
 
     def best(self, count: int = 1) -> Frames:
         """The ``count`` candidates of largest weight, heaviest first (K = count)."""
@@ -148,13 +207,27 @@ class Frames:
         weights = self.weights.to(outputs.dtype)
         return (weights.view(*weights.shape, *(1,) * (outputs.ndim - 2)) * outputs).sum(dim=1)
 
-    def vote_logits(self, logits: Tensor) -> Tensor:
+    def vote_logits(self, logits: Tensor, *, by_certainty: bool = False) -> Tensor:
         """Logits ``(B, K, ..., C)`` voted as probabilities: log of the mixture, ``(B, ..., C)``.
 
         With a single candidate the logits come back as they are.
+
+        Args:
+            logits: Of each candidate.
+            by_certainty: Whether a candidate's weight is multiplied by ``exp(-H)``, H the entropy
+                of its probabilities: a network is surer of an object that stands as it should.
         """
         if self.count == 1:
             return logits[:, 0]
+        log_probabilities = logits.log_softmax(dim=-1)
         weights = self.log_weights.to(logits.dtype)
         weights = weights.view(*weights.shape, *(1,) * (logits.ndim - 2))
-        return (weights + logits.log_softmax(dim=-1)).logsumexp(dim=1)
+        if by_certainty:
+            entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1, keepdim=True)
+            weights = (weights - entropy).log_softmax(dim=1)
+        return (weights + log_probabilities).logsumexp(dim=1)
+
+
+def _gather(matrices: Tensor, index: Tensor) -> Tensor:
+    """Matrices ``index (B, M)`` of ``(B, K, 3, C)``."""
+    return matrices.gather(1, index[..., None, None].expand(-1, -1, *matrices.shape[2:]))

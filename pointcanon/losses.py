@@ -123,9 +123,8 @@ def contrastive_loss(embeddings: Tensor) -> Tensor:
     answers differ, so they are pushed towards right angles,
     ``L = mean_{g != h} |cos(s(x g), s(x h))|``, and the prior tells which one shall win::
 
-        energies = -nn.functional.cosine_similarity(embeddings, v, dim=-1)
-        frames = Frames.of(group.expand(len(points), -1, 3, 3), -beta * energies)
-        loss = contrastive_loss(embeddings) + weight * prior_loss(frames, prior, reference)
+        frames = Contrastive(network)(points)
+        loss = contrastive_loss(frames.embeddings) + prior_loss(frames, prior, reference)
 
     The loss is 0 only where D >= G. A network that cannot tell two poses apart, such as an
     invariant one or any network on a cloud with a symmetry in the group, has loss 1 there.
@@ -187,8 +186,8 @@ def matrix_fisher_loss(raw: Tensor, reference: Tensor) -> Tensor:
     distance, the loss has no derivative of an SVD in it.
 
     Args:
-        raw: F, ``(..., 3, 3)``, such as ``frames.raw[:, 0]`` of
-            ``VectorNeuron(orthonormalise="svd")``.
+        raw: F, ``(..., 3, 3)``, such as ``frames.fisher[:, 0]`` of
+            ``VectorNeuron(orthonormalise="matrix-fisher")``.
         reference: R, ``(..., 3, 3)``, the rotations applied to the data.
 
     Returns:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pointcanon import checkpoint
 from pointcanon.canonicalizers.base import Canonicalizer
-from pointcanon.coordinates import CoordinateFrame
-from pointcanon.errors import InputError
+from pointcanon.coordinates import CoordinateFrame, coordinate_frame
+from pointcanon.errors import InputError, NotFiniteError
 from pointcanon.frames import Frames
-from pointcanon.predictors.base import PartPredictor
+from pointcanon.predictors.base import TRAINED_ON, PartPredictor
 
-__all__ = ["Canonicalized", "Prediction", "load"]
+__all__ = ["Canonicalized", "Prediction", "Vote", "load"]
+
+Vote: TypeAlias = Literal["probabilities", "certainty", "mean"]
+"""How the outputs of several frames are joined."""
 
 
 class Prediction(NamedTuple):
@@ -28,9 +31,16 @@ class Prediction(NamedTuple):
     Attributes:
         labels: ``(B,)`` or ``(B, N)`` int64, the most probable class or part.
         probabilities: ``(B, C)`` or ``(B, N, P)``.
-        rotation: ``(B, 3, 3)``, the heaviest frame; it maps canonical to input.
+        rotation: ``(B, 3, 3)``, the heaviest frame; it maps canonical to input. det = +1, but where
+            a canonicalizer for reflections (``ForGroup``) saw the cloud mirrored.
         confidence: As ``labels``, in [0, 1], the probability of the label.
         degenerate: ``(B,)`` bool, True where the cloud does not determine a frame.
+        frame_weight: ``(B,)``, in (0, 1], the weight of that heaviest frame in the vote: 1 where it
+            is the only one, 1 / K where the canonicalizer prefers none of K.
+        frame_confidence: ``(B,)`` in [0, 1] or None, how sure the heaviest frame is
+            (``Frames.confidence``), of a canonicalizer that says it.
+        scale: ``(B,)`` or None, the size by which each cloud was divided (``Frames.scale``); None
+            where clouds keep theirs.
     """
 
     labels: Tensor
@@ -38,6 +48,9 @@ class Prediction(NamedTuple):
     rotation: Tensor
     confidence: Tensor
     degenerate: Tensor
+    frame_weight: Tensor
+    frame_confidence: Tensor | None
+    scale: Tensor | None
 
 
 class Canonicalized(nn.Module):
@@ -49,25 +62,30 @@ class Canonicalized(nn.Module):
             as keywords, when they are given.
         canonicalizer: Proposes the frames.
         vote: How the outputs of several frames are joined, cloud by cloud or point by point:
-            ``"probabilities"`` takes outputs as logits and mixes the probabilities; ``"mean"``
-            averages the outputs as they are (frame averaging). With one frame both leave the output
-            as it is.
+            ``"probabilities"`` takes outputs as logits and mixes the probabilities;
+            ``"certainty"`` does, and a frame counts the more, the surer the predictor is there
+            (``Frames.vote_logits``); ``"mean"`` averages the outputs as they are (frame averaging).
+            With one frame all leave the output as it is.
     """
 
     def __init__(
         self,
         predictor: nn.Module,
         canonicalizer: Canonicalizer,
-        vote: Literal["probabilities", "mean"] = "probabilities",
+        vote: Vote = "probabilities",
     ) -> None:
         super().__init__()
-        if vote not in ("probabilities", "mean"):
-            raise InputError(f"vote is {vote!r}; choose 'probabilities' or 'mean'")
+        if vote not in get_args(Vote):
+            raise InputError(f"vote is {vote!r}; choose one of {', '.join(get_args(Vote))}")
         self.predictor = predictor
         self.canonicalizer = canonicalizer
-        self.vote: Literal["probabilities", "mean"] = vote
-        self.coordinate_frame: str | None = getattr(predictor, "coordinate_frame", None)
+        for part in canonicalizer.modules():
+            if isinstance(part, Canonicalizer):
+                part.serve(predictor)
+        self.vote: Vote = vote
+        self.coordinate_frame = _common_frame(predictor, canonicalizer)
         self.classes: Sequence[str] | None = getattr(predictor, "classes", None)
+        self.parts: Sequence[str] | None = getattr(predictor, "parts", None)
         self.normalisation: str | None = getattr(predictor, "normalisation", None)
 
     @property
@@ -145,9 +163,14 @@ class Canonicalized(nn.Module):
             extras["normals"] = frames.apply_vectors(normals).flatten(0, 1)
         if category is not None:
             extras["category"] = category.repeat_interleave(frames.count, dim=0)
-        outputs = self.predictor(frames.apply(points).flatten(0, 1), **extras)
-        outputs = outputs.unflatten(0, (len(points), frames.count))
-        return frames.vote_logits(outputs) if self.vote == "probabilities" else frames.vote(outputs)
+        try:
+            outputs = self.predictor(frames.apply(points).flatten(0, 1), **extras)
+        except NotFiniteError as error:
+            raise NotFiniteError(error.cloud // frames.count, error.remedy) from error
+        outputs = outputs.unflatten(0, (points.shape[0], frames.count))
+        if self.vote == "mean":
+            return frames.vote(outputs)
+        return frames.vote_logits(outputs, by_certainty=self.vote == "certainty")
 
     def _predict_shares(
         self,
@@ -162,7 +185,7 @@ class Canonicalized(nn.Module):
         clouds = []
         for cloud in range(len(points)):
             one = slice(cloud, cloud + 1)
-            alone = Frames.of(frames.rotations[one], frames.log_weights[one], frames.centre[one])
+            alone = frames[one]
             real = torch.arange(points.shape[1], device=points.device)
             if mask is not None:
                 real = real[mask[cloud]]
@@ -210,8 +233,16 @@ class Canonicalized(nn.Module):
                 module.training = training
         probabilities = logits.float().softmax(dim=-1)
         confidence, labels = probabilities.max(dim=-1)
-        rotation = frames.best().rotations[:, 0]
-        return Prediction(labels, probabilities, rotation, confidence, frames.degenerate)
+        return Prediction(
+            labels,
+            probabilities,
+            frames.best().rotations[:, 0],
+            confidence,
+            frames.degenerate,
+            frames.weights.amax(dim=1),
+            frames.confidence,
+            frames.scale,
+        )
 
     def save(self, path: str | Path, **card: Any) -> None:
         """Write weights and card to ``path`` (safetensors), atomically.
@@ -221,7 +252,9 @@ class Canonicalized(nn.Module):
             **card: Further fields of :class:`pointcanon.checkpoint.Card`, such as ``metrics``.
         """
         card.setdefault("coordinate_frame", _name(self.coordinate_frame))
-        card.setdefault("classes", None if self.classes is None else tuple(self.classes))
+        for name in ("classes", "parts"):
+            names = getattr(self, name)
+            card.setdefault(name, None if names is None else tuple(names))
         card.setdefault("normalisation", self.normalisation)
         checkpoint.save(path, self, checkpoint.Card(kind="canonicalized", **card))
 
@@ -241,10 +274,21 @@ def load(path: str | Path) -> Canonicalized:
             "load it with pointcanon.predictors.load"
         )
     for part in (module, module.predictor):  # the predictor may be put behind another frame
-        part.coordinate_frame = card.coordinate_frame  # type: ignore[assignment]
-        part.classes = card.classes  # type: ignore[assignment]
-        part.normalisation = card.normalisation  # type: ignore[assignment]
+        for name in TRAINED_ON:
+            setattr(part, name, getattr(card, name))
     return module
+
+
+def _common_frame(predictor: nn.Module, canonicalizer: Canonicalizer) -> str | None:
+    """The coordinate frame that both halves were trained in, as far as it is known."""
+    ours: str | None = getattr(predictor, "coordinate_frame", None)
+    theirs = canonicalizer.coordinate_frame
+    if ours is None or theirs is None or coordinate_frame(ours) == coordinate_frame(theirs):
+        return ours or theirs
+    raise InputError(
+        f"the canonicalizer turns clouds upright in the frame {theirs}, and the predictor was "
+        f"trained in {ours}: train a canonicalizer on clouds in {ours}"
+    )
 
 
 def _name(frame: str | CoordinateFrame | None) -> str | None:

@@ -5,7 +5,8 @@ return a padded point, and compute in at least float32 (also under autocast). Fo
 points on a CPU a k-d tree finds the neighbours; elsewhere distances are formed a chunk at a time
 and the nearest are picked in two exact stages. Kernels of PyTorch3D or torch-cluster serve CUDA
 where they are installed; :func:`backend` says what is used. Under ``torch.compile`` each function
-is one operator of the graph; an export instead traces the plain torch form.
+is one operator of the graph; an export instead traces plain torch operations on all distances at
+once, for numbers of clouds and points that stay open.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from pointcanon.clouds import centroid
 from pointcanon.errors import InputError
+from pointcanon.portable import exporting, full_precision, repeat
 
 __all__ = ["backend", "ball_query", "farthest_point_sample", "knn"]
 
@@ -63,8 +65,8 @@ def knn(
         InputError: On a wrong shape, dtype, device or k, an empty cloud, NaN or inf.
     """
     points, queries = _prepared(points, k, mask, queries)
-    if _exporting():
-        return _knn(points, queries, k, mask, dense=True)
+    if exporting():
+        return _knn_traced(points, queries, k, mask)
     return torch.ops.pointcanon.knn(points, queries, k, mask)
 
 
@@ -98,8 +100,8 @@ def ball_query(
     points, queries = _prepared(points, k, mask, queries)
     if not 0 < radius < math.inf:
         raise InputError(f"radius is {radius!r}; choose a positive number")
-    if _exporting():
-        return _ball(points, queries, float(radius), k, mask)
+    if exporting():
+        return _ball_traced(points, queries, float(radius), k, mask)
     return torch.ops.pointcanon.ball_query(points, queries, float(radius), k, mask)
 
 
@@ -133,8 +135,8 @@ def farthest_point_sample(
         start = _farthest_from_centroid(points, mask)
     else:
         _check_start(start, points, mask)
-    if _exporting():
-        return _farthest(points, m, mask, start)
+    if exporting():
+        return _farthest_traced(points, m, mask, start)
     return torch.ops.pointcanon.farthest_point_sample(points, m, mask, start)
 
 
@@ -182,18 +184,13 @@ def _farthest_backend(device: torch.device) -> str:
     return "torch"
 
 
-def _exporting() -> bool:
-    # torch.compiler.is_exporting came with torch 2.7
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
-
-
 @torch.library.custom_op(
     "pointcanon::knn",
     mutates_args=(),
     schema="(Tensor points, Tensor queries, int k, Tensor? mask) -> Tensor",
 )
 def _knn_operator(points: Tensor, queries: Tensor, k: int, mask: Tensor | None) -> Tensor:
-    return _knn(points, queries, k, mask, dense=False)
+    return _knn(points, queries, k, mask)
 
 
 @_knn_operator.register_fake
@@ -245,7 +242,7 @@ def _(points: Tensor, m: int, mask: Tensor | None, start: Tensor) -> Tensor:
 # nearest neighbours -------------------------------------------------------------------------------
 
 
-def _knn(points: Tensor, queries: Tensor, k: int, mask: Tensor | None, dense: bool) -> Tensor:
+def _knn(points: Tensor, queries: Tensor, k: int, mask: Tensor | None) -> Tensor:
     """Backend-independent part: real points first, and repeats where there are too few."""
     count = points.shape[1]
     if mask is None:
@@ -255,8 +252,8 @@ def _knn(points: Tensor, queries: Tensor, k: int, mask: Tensor | None, dense: bo
         order = (~mask).long().argsort(dim=1, stable=True)
         points = points.gather(1, order[..., None].expand_as(points))
         counts = mask.sum(dim=1)
-    with torch.autocast(points.device.type, enabled=False):
-        name = "two-stage top-k" if dense else _knn_backend(points.device, points.shape[2], k)
+    with full_precision(points):
+        name = _knn_backend(points.device, points.shape[2], k)
         index = _KNN_BACKENDS[name](points, queries, counts, min(k, count))
     if k > count or mask is not None:
         slots = torch.arange(k, device=points.device) % counts.clamp_max(k)[:, None]
@@ -264,6 +261,22 @@ def _knn(points: Tensor, queries: Tensor, k: int, mask: Tensor | None, dense: bo
     if order is None:
         return index
     return order[:, None].expand(-1, index.shape[1], -1).gather(2, index)
+
+
+def _knn_traced(points: Tensor, queries: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    """Equal distances are ordered as the runtime has it; ONNX says by index."""
+    index = _with_room(_distances(points, queries), k, mask).topk(k, largest=False).indices
+    counts = torch.full_like(index[:, 0, 0], points.shape[1]) if mask is None else mask.sum(dim=1)
+    slots = torch.arange(k, device=points.device) % counts.clamp_max(k)[:, None]
+    return index.gather(2, slots[:, None].expand_as(index))
+
+
+def _with_room(distances: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    """Distances ``(B, M, N + k)``, infinite to padding and to k more points, where there may be
+    fewer than k."""
+    if mask is not None:
+        distances = distances.masked_fill(~mask[:, None], math.inf)
+    return torch.nn.functional.pad(distances, (0, k), value=math.inf)
 
 
 def _knn_tree(points: Tensor, queries: Tensor, counts: Tensor, k: int) -> Tensor:
@@ -356,9 +369,7 @@ def _nearest(distances: Tensor, k: int) -> Tensor:
     values, index = _smallest(rows, min(k + 1, rows.shape[1]))
     shared = ((values[:, 1:] == values[:, :-1]) & values[:, 1:].isfinite()).any(dim=1)
     kth, index = values[:, k - 1 : k], index[:, :k]
-    if _exporting():
-        index = torch.where(shared[:, None], _resolve_ties(rows, kth, k), index)
-    elif bool(shared.any()):
+    if bool(shared.any()):
         index = index.clone()
         index[shared] = _resolve_ties(rows[shared], kth[shared], k)
     return index.unflatten(0, distances.shape[:-1])
@@ -435,7 +446,7 @@ def _ball(points: Tensor, queries: Tensor, radius: float, k: int, mask: Tensor |
     limits = limits.expand(-1, queries.shape[1], 1).flatten()
     chunks = _distance_chunks(points * scale, queries * scale, None if mask is None else ~mask)
     pieces, done = [], 0
-    with torch.autocast(points.device.type, enabled=False):
+    with full_precision(points):
         for distances in chunks:
             rows = distances.flatten(0, 1)
             pieces.append(_first_inside(rows, limits[done : done + len(rows), None], k))
@@ -445,17 +456,22 @@ def _ball(points: Tensor, queries: Tensor, radius: float, k: int, mask: Tensor |
     return torch.cat(pieces).unflatten(0, queries.shape[:2])
 
 
+def _ball_traced(
+    points: Tensor, queries: Tensor, radius: float, k: int, mask: Tensor | None
+) -> Tensor:
+    distances = _with_room(_distances(points, queries), k, mask)
+    reach = distances.amin(dim=-1, keepdim=True).clamp_min(radius**2)  # never an empty ball
+    place = torch.arange(distances.shape[-1], device=points.device)
+    outside = torch.iinfo(place.dtype).max
+    found = torch.where(distances <= reach, place, outside).topk(k, largest=False).values
+    return torch.where(found < outside, found, found[..., :1])
+
+
 def _first_inside(distances: Tensor, limits: Tensor, k: int) -> Tensor:
     """The first k columns of each row up to its limit, ``(rows, k)``, the first repeated."""
     reach = torch.maximum(limits, distances.amin(dim=1, keepdim=True))  # never an empty ball
     inside = distances <= reach
     slot = torch.arange(k, device=distances.device)
-    if _exporting():
-        count = distances.shape[1]
-        place = torch.arange(count, device=distances.device)
-        found = torch.where(inside, place, count).topk(min(k, count), dim=1, largest=False).values
-        found = torch.nn.functional.pad(found, (0, k - found.shape[1]), value=count)
-        return torch.where(found < count, found, found[:, :1])
     counts = inside.sum(dim=1, keepdim=True)
     first = counts.cumsum(dim=0) - counts
     places = inside.flatten().nonzero()[:, 0] % distances.shape[1]
@@ -490,6 +506,23 @@ def _farthest(points: Tensor, m: int, mask: Tensor | None, start: Tensor) -> Ten
     counts = torch.full_like(start, points.shape[1]) if mask is None else mask.sum(dim=1)
     index = torch.nn.functional.pad(index, (0, m - index.shape[1]))
     return _cycle(index, counts)
+
+
+def _farthest_traced(points: Tensor, m: int, mask: Tensor | None, start: Tensor) -> Tensor:
+    nearest = torch.full_like(points[..., 0], math.inf)
+    if mask is not None:
+        nearest = nearest.masked_fill(~mask, -1.0)
+
+    def choose(carry: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        nearest, current = carry
+        last = points.gather(1, current[..., None].expand(-1, -1, points.shape[2]))
+        nearest = torch.minimum(nearest, (points - last).square().sum(dim=-1))
+        nearest = nearest.scatter(1, current, -1.0)
+        return (nearest, nearest.argmax(dim=1, keepdim=True)), current
+
+    _, chosen = repeat(choose, (nearest, start[:, None]), m)
+    counts = torch.full_like(start, points.shape[1]) if mask is None else mask.sum(dim=1)
+    return _cycle(chosen[..., 0].mT, counts)
 
 
 def _cycle(index: Tensor, counts: Tensor) -> Tensor:
@@ -560,6 +593,8 @@ def _prepared(
 
 def _power_of_two(points: Tensor, queries: Tensor) -> Tensor:
     """Factor ``(B, 1, 1)`` that brings the largest coordinate of a cloud near 1, exactly."""
+    if exporting():  # no format knows frexp: squares must be in range
+        return torch.ones_like(points[:, :1, :1])
     largest = points.abs().amax(dim=(1, 2), keepdim=True)
     if queries is not points and queries.shape[1]:
         largest = torch.maximum(largest, queries.abs().amax(dim=(1, 2), keepdim=True))

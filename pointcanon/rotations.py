@@ -9,16 +9,20 @@ an angle that is accurate at both ends, the finite rotation groups and near-unif
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from functools import cache
 
 import roma
 import torch
 from torch import Tensor
 
+from pointcanon import portable
 from pointcanon.errors import InputError
 
 __all__ = [
     "about_axis",
+    "direction",
     "from_rotvec",
     "geodesic_angle",
     "gram_schmidt",
@@ -82,6 +86,8 @@ def svd_project(matrices: Tensor) -> Tensor:
     unit = matrices / torch.where(usable, size, torch.ones_like(size))
     eye = torch.eye(3, dtype=matrices.dtype, device=matrices.device)
     unit = torch.where(usable, unit, unit + eye)
+    if portable.exporting():
+        return roma.unitquat_to_rotmat(portable.largest_eigenvector(_davenport(unit)))
     rotation = roma.special_procrustes(unit, method="svd")
     assert isinstance(rotation, Tensor)  # a pair only where singular values are asked for
     return rotation
@@ -97,6 +103,11 @@ def near_singular(vectors: Tensor, size: Tensor | float, columns: int = 2) -> Te
         columns: 2 for Gram-Schmidt, 3 for the SVD (whose mode needs s2 + s3 sign(det) > 0).
     """
     tolerance = DEGENERATE_TOLERANCE[vectors.dtype]
+    if portable.exporting():
+        missing = vectors.new_zeros(*vectors.shape[:-1], 3 - columns)
+        square = torch.cat((vectors[..., :columns].detach(), missing), dim=-1)
+        values = portable.eigvalsh(_davenport(square))
+        return (values[..., 3] - values[..., 2]) / 2 <= tolerance * size
     singular = torch.linalg.svdvals(vectors[..., :columns].detach())
     certainty = singular[..., 1]
     if columns == 3:
@@ -105,12 +116,27 @@ def near_singular(vectors: Tensor, size: Tensor | float, columns: int = 2) -> Te
     return certainty <= tolerance * size
 
 
+def _davenport(matrices: Tensor) -> Tensor:
+    """Davenport's K ``(..., 4, 4)``: ``q K q = <R(q), M>`` for unit quaternions q = xyzw.
+
+    So the eigenvector of its largest eigenvalue is the rotation nearest to M (Davenport 1968), and
+    with the singular values of M, s3 signed as det M, its two largest eigenvalues are
+    ``s1 + s2 + s3`` and ``s1 - s2 - s3``.
+    """
+    trace = matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+    eye = torch.eye(3, dtype=matrices.dtype, device=matrices.device)
+    skew = matrices - matrices.mT
+    axial = torch.stack((skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]), dim=-1)[..., None]
+    upper = torch.cat((matrices + matrices.mT - trace * eye, axial), dim=-1)
+    return torch.cat((upper, torch.cat((axial.mT, trace), dim=-1)), dim=-2)
+
+
 def product(first: Tensor, second: Tensor) -> Tensor:
     """``first @ second``, rounded as their own dtype is, also under autocast.
 
     Autocast would multiply poses in bfloat16, whose steps are half a percent of the cloud.
     """
-    with torch.autocast(first.device.type, enabled=False):
+    with portable.full_precision(first):
         return first @ second
 
 
@@ -149,6 +175,22 @@ def about_axis(axis: Tensor, angle: Tensor) -> Tensor:
     unit = axis / size  # its squares neither overflow nor vanish
     unit = unit / unit.norm(dim=-1, keepdim=True)
     return roma.rotvec_to_rotmat(unit * angle[..., None])
+
+
+def direction(axis: int | Sequence[float] | Tensor) -> Tensor:
+    """The unit vector ``(3,)`` float64 of an axis: its index (0, 1, 2) or three numbers.
+
+    Raises:
+        InputError: If it is no axis, or has no direction.
+    """
+    if isinstance(axis, int):
+        if axis not in (0, 1, 2):
+            raise InputError(f"the index of an axis must be 0, 1 or 2, got {axis}")
+        return torch.eye(3, dtype=torch.float64)[axis]
+    vector = torch.as_tensor(axis, dtype=torch.float64)
+    if vector.shape != (3,) or not 0 < float(vector.norm()) < math.inf:
+        raise InputError(f"an axis must be three finite numbers, not all zero, got {axis}")
+    return vector / vector.norm()
 
 
 def from_rotvec(rotvec: Tensor) -> Tensor:
@@ -200,10 +242,10 @@ def _generators(name: str) -> list[Tensor]:
         return [turn((0, 0, 1), 4), turn((1, 1, 1), 3)]
     if name == "I":
         return [turn((0, 1, golden), 5), turn((1, 1, 1), 3)]
-    if name[:1] == "C" and name[1:].isdigit() and int(name[1:]) >= 1:
+    if re.fullmatch(r"C[1-9]\d{0,2}", name):
         return [turn((0, 0, 1), int(name[1:]))]
     raise InputError(
-        f"unknown rotation group {name!r}; choose C<n> (cyclic about z, such as C4), "
+        f"unknown rotation group {name!r}; choose C<n> (cyclic about z, such as C4; n < 1000), "
         "T (tetrahedral, 12), O (octahedral, 24) or I (icosahedral, 60)"
     )
 

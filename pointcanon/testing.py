@@ -17,8 +17,8 @@ that what is measured is the canonicalizer and not the preparation of its input.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,13 @@ __all__ = [
     "equivariance_error",
     "frame_distance",
     "generic_clouds",
+    "random_elements",
     "surface_clouds",
 ]
 
 Canonicalize = Callable[..., "Frames | Tensor"]
+Group = Literal["SO3", "SO2", "O3", "O2"]
+Axis = int | Sequence[float] | None
 
 
 class Tolerance(NamedTuple):
@@ -95,7 +98,7 @@ def equivariance_error(
     Args:
         canonicalizer: The canonicalizer, used as it is (put it into evaluation mode first).
         points: ``(B, N, 3)``.
-        turns: ``(B, 3, 3)``, the rotations g, in float64 for accurate figures.
+        turns: ``(B, 3, 3)``, the rotations (or reflections) g, in float64 for accurate figures.
         mask: ``(B, N)`` bool.
         normals: ``(B, N, 3)``, turned with the points.
 
@@ -115,6 +118,8 @@ def assert_equivariant(
     *,
     mask: Tensor | None = None,
     normals: Tensor | None = None,
+    group: Group = "SO3",
+    axis: Axis = None,
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
@@ -127,6 +132,8 @@ def assert_equivariant(
         points: ``(B, N, 3)`` float32 or float64.
         mask: ``(B, N)`` bool.
         normals: ``(B, N, 3)``.
+        group: That g is drawn from, as for :func:`random_elements`.
+        axis: Of that group.
         tolerance: Replaces the bound of :data:`TOLERANCES`.
         generator: Draws the rotations; the default is seeded with 0.
 
@@ -135,9 +142,7 @@ def assert_equivariant(
         InputError: On clouds that nothing can be tested with.
     """
     _check(points, mask, normals)
-    turns = rotations.random_rotations(
-        len(points), generator=_seeded(generator), dtype=torch.float64
-    ).to(points.device)
+    turns = random_elements(len(points), group, axis, generator).to(points.device)
     with _evaluating(canonicalizer):
         errors = equivariance_error(canonicalizer, points, turns, mask, normals)
         settled = ~_frames(canonicalizer, points, mask, normals).degenerate
@@ -148,11 +153,14 @@ def assert_equivariant(
     _judge("equivariance: R(gx) and g R(x)", errors, points.dtype, tolerance, settled)
 
 
-def assert_proper(frames: Frames | Tensor, *, tolerance: float = 1e-5) -> None:
+def assert_proper(
+    frames: Frames | Tensor, *, group: Group = "SO3", tolerance: float = 1e-5
+) -> None:
     """Every candidate is finite, orthonormal and no reflection: R^T R = 1 and det = +1.
 
     Args:
         frames: Frames, or rotations ``(B, ..., 3, 3)``.
+        group: That they are frames of; reflections may be among those of O2 and O3.
         tolerance: On each entry of R^T R and on det.
 
     Raises:
@@ -162,7 +170,8 @@ def assert_proper(frames: Frames | Tensor, *, tolerance: float = 1e-5) -> None:
     eye = torch.eye(3, dtype=torch.float64, device=matrices.device)
     skewed = (matrices.mT @ matrices - eye).abs().amax(dim=(-1, -2))
     determinant = torch.linalg.det(matrices)
-    good = (skewed <= tolerance) & ((determinant - 1).abs() <= tolerance)
+    size = determinant.abs() if group in ("O2", "O3") else determinant
+    good = (skewed <= tolerance) & ((size - 1).abs() <= tolerance)
     if bool(good.all()):
         return
     where = tuple(int(i) for i in (~good).nonzero()[0])
@@ -212,11 +221,15 @@ def assert_scale_invariant(
     factors: tuple[float, ...] = (1e-4, 0.3, 1e4),
     tolerance: float | None = None,
 ) -> None:
-    """The rotations stay when the cloud is scaled by each of ``factors``."""
+    """The rotations stay when the cloud is scaled by each of ``factors``; the size follows it."""
     _check(points)
     for factor in factors:
         scaled = (points.double() * factor).to(points.dtype)
-        _compare(f"scaling by {factor:g}", canonicalizer, points, scaled, tolerance)
+        what = f"scaling by {factor:g}"
+        before, after = _compare(what, canonicalizer, points, scaled, tolerance)
+        if before.scale is not None and after.scale is not None:
+            slip = (after.scale.double() / (factor * before.scale.double()) - 1).abs()
+            _judge(f"{what}: size of a x and a times that of x", slip, points.dtype, tolerance)
 
 
 def assert_batch_independent(
@@ -278,6 +291,7 @@ def assert_invertible(
 def assert_degenerate_safe(
     canonicalizer: Canonicalize,
     *,
+    group: Group = "SO3",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
@@ -287,6 +301,7 @@ def assert_degenerate_safe(
     Args:
         canonicalizer: Must return Frames; it is asked about each of :func:`degenerate_clouds`, and
             for the gradient of its frames in the points and, if it is a module, its parameters.
+        group: That its frames are of.
         dtype: Of the clouds.
         device: Of the clouds.
         generator: Turns and places the clouds; the default is seeded with 0.
@@ -302,7 +317,7 @@ def assert_degenerate_safe(
         with _evaluating(canonicalizer), torch.enable_grad():
             frames = _frames(canonicalizer, points)
         try:
-            assert_proper(frames)
+            assert_proper(frames, group=group)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
         if not bool(torch.isfinite(frames.weights).all()):
@@ -328,6 +343,8 @@ def assert_invariant(
     *,
     mask: Tensor | None = None,
     normals: Tensor | None = None,
+    group: Group = "SO3",
+    axis: Axis = None,
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
@@ -338,6 +355,8 @@ def assert_invariant(
         points: ``(B, N, 3)`` float32 or float64.
         mask: ``(B, N)`` bool.
         normals: ``(B, N, 3)``.
+        group: That the turns are drawn from, as for :func:`random_elements`.
+        axis: Of that group.
         tolerance: Replaces the bound of :data:`TOLERANCES`, relative to the cloud's largest
             output or 1.
         generator: Draws the rotations; the default is seeded with 0.
@@ -347,9 +366,7 @@ def assert_invariant(
         InputError: On clouds that nothing can be tested with.
     """
     _check(points, mask, normals)
-    turns = rotations.random_rotations(
-        len(points), generator=_seeded(generator), dtype=torch.float64
-    ).to(points.device)
+    turns = random_elements(len(points), group, axis, generator).to(points.device)
     turned = None if normals is None else _turn(normals, turns)
     with _evaluating(module):
         before = module(points, **_given(mask, normals)).double().flatten(1)
@@ -357,6 +374,44 @@ def assert_invariant(
     errors = (after - before).abs().amax(dim=1) / before.abs().amax(dim=1).clamp_min(1)
     bound = TOLERANCES[points.dtype].outputs if tolerance is None else tolerance
     _judge("invariance: f(gx) and f(x)", errors, points.dtype, bound)
+
+
+def random_elements(
+    count: int,
+    group: Group = "SO3",
+    axis: Axis = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Random elements ``(count, 3, 3)`` float64 of a group.
+
+    Args:
+        count: Of elements.
+        group: ``"SO3"``, the rotations; ``"SO2"``, those about the axis; ``"O3"`` and ``"O2"``,
+            these and the reflections (in planes that contain the axis), which every other is.
+        axis: Of ``"SO2"`` and ``"O2"``: its index (0, 1, 2) or three numbers.
+        generator: The default is seeded with 0.
+
+    Raises:
+        InputError: On an unknown group, or an axis without direction.
+    """
+    if group not in ("SO3", "SO2", "O3", "O2"):
+        raise InputError(f"group is {group!r}; choose 'SO3', 'SO2', 'O3' or 'O2'")
+    generator = _seeded(generator)
+    if group in ("SO3", "O3"):
+        turns = rotations.random_rotations(count, generator=generator, dtype=torch.float64)
+        mirror = -torch.eye(3, dtype=torch.float64)
+    else:
+        up = rotations.direction(() if axis is None else axis)
+        turns = rotations.random_about_axis(
+            count, axis=up, generator=generator, dtype=torch.float64
+        )
+        # half a turn about a horizontal axis turns up to down, and the inversion turns it back
+        level = torch.linalg.cross(up, torch.eye(3, dtype=torch.float64)[up.abs().argmin()])
+        half = torch.tensor(torch.pi, dtype=torch.float64)
+        mirror = -rotations.about_axis(level, half)
+    if group in ("O3", "O2"):
+        turns[::2] = turns[::2] @ mirror
+    return turns
 
 
 def generic_clouds(

@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_model(corners: tuple[Tensor, Tensor]) -> N
     weights = [
         pc.adapt(
             Corner(), corners[0][:12], canonicalizer=small(), seed=seed, **QUICK
-        ).canonicalizer.scorer.peak.weight  # type: ignore[union-attr]
+        ).canonicalizer.scorer.features.peak.weight  # type: ignore[union-attr]
         for seed in (1, 1, 2)
     ]
     assert torch.equal(weights[0], weights[1])

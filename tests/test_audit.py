@@ -19,6 +19,7 @@ from pointcanon.datasets.given import GivenClouds
 from pointcanon.errors import CheckpointError, InputError
 from pointcanon.eval.audit import ANGLES
 from pointcanon.eval.audit_pictures import worst_gallery
+from pointcanon.eval.evaluate import chosen_clouds
 from pointcanon.predictors.recognise import recognise
 
 
@@ -250,7 +251,10 @@ def test_bad_clouds_and_answers_are_named(sticks: Tensor) -> None:
     far[4] += 100
     with pytest.raises(InputError, match="NaN or infinity for cloud 4"):
         pc.audit(nan_for_one, far)
-    with pytest.raises(InputError, match="NaN or infinity for cloud 4"):
+    last = chosen_clouds(GivenClouds(sticks), 3)[-1]
+    far = sticks.clone()
+    far[last] += 100
+    with pytest.raises(InputError, match=f"NaN or infinity for cloud {last}"):
         pc.audit(nan_for_one, far, limit=3)
     broken = sticks.clone()
     broken[3, 7, 0] = torch.inf
@@ -341,6 +345,26 @@ def test_the_command_lets_a_trusted_network_pass(
     assert "behind PCA" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("canonicalizer", [[], ["--canonicalizer", "PCA"]])
+def test_the_command_sets_options_of_the_canonicalizer(
+    canonicalizer: list[str], shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = pc.predictors.create("pointnet", num_classes=16, embedding=8, widths=[8, 8])
+    pc.Canonicalized(network, pc.canonicalizers.PCA(1)).save("model.safetensors")
+    counts = set()
+
+    def propose(self: pc.canonicalizers.PCA, *cloud: Any) -> pc.Frames:
+        frames = own(self, *cloud)
+        counts.add(frames.count)
+        return frames
+
+    own = pc.canonicalizers.PCA.propose
+    monkeypatch.setattr(pc.canonicalizers.PCA, "propose", propose)
+    options = ["--canonicalizer_options", '{"poses": 4}']
+    assert main(["audit", "model.safetensors", *SHAPES.split(), *canonicalizer, *options]) == 0
+    assert counts == {4}
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -354,6 +378,11 @@ def test_the_command_lets_a_trusted_network_pass(
         (f"shop:net {SHAPES} --min-agreement 99", 2, ("--min-agreement is 99", "0.99")),
         (f"shop:net {SHAPES} --rotations 0", 2, ("rotations", "--help")),
         (f"shop:net {SHAPES} --canonicalizer LSD", 2, ("'LSD'", "PCA")),
+        (f'shop:net {SHAPES} --canonicalizer_options {{"looks":4}}', 2, ("shop:net has no",)),
+        (
+            f'shop:net {SHAPES} --canonicalizer PCA --canonicalizer_options {{"looks":4}}',
+            *(2, ("PCA has no option 'looks'; it has: poses, weighting",)),
+        ),
         (f"shop:net {SHAPES} --device abacus", 2, ("--device abacus",)),
     ],
 )

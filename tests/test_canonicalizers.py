@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from pointcanon.canonicalizers import (
     CANONICALIZERS,
     PCA,
     Canonicalizer,
+    Contrastive,
     Identity,
     Manhattan,
     Orbit,
@@ -44,6 +45,16 @@ def network() -> PointNet:
     return built
 
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def seeded(make: Callable[[], Module]) -> Module:
+    """With the same weights in every run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "PCA": [
         {"poses": 1},
@@ -66,11 +77,20 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "Optimized": [
         SMALL,
         {"keep": 2, "steps": 2, "answers": 1, "proposal": PCA(24), **SMALL},
-        {"proposal": Orbit(VectorNeuron(orthonormalise="svd"), "O"), **SMALL},
+        {"proposal": seeded(lambda: Orbit(VectorNeuron(orthonormalise="svd"))), **SMALL},
     ],
     "Manhattan": [{"poses": 1}, {}],
     "Union": [{"parts": (PCA(4), Manhattan(1))}],
     "Orbit": [{}, {"canonicalizer": PCA(1), "group": "C3", "axis": (1.0, 1.0, 0.0)}],
+    "Contrastive": [{"network": network(), "proposal": PCA(4)}],
+    "ForGroup": [
+        {"canonicalizer": seeded(VectorNeuron), "group": "O3", "scale": True},
+        {
+            "canonicalizer": seeded(lambda: Contrastive(network(), PCA(4))),
+            "group": "SO2",
+            "axis": (1.0, 2.0, 0.5),
+        },
+    ],
     "Search": [
         {"network": network(), "budget": 32},
         {"network": network(), "energy": Entropy(), "budget": 24, "proposal": PCA(1)},
@@ -97,6 +117,16 @@ def build(case: str, dtype: torch.dtype = torch.float32) -> Canonicalizer:
     return module.to(dtype).eval()
 
 
+def motions(case: str) -> dict[str, Any]:
+    """The group that a case is equivariant to, and its axis."""
+    name, options = CASES[case]
+    return {k: options[k] for k in ("group", "axis") if k in options and name == "ForGroup"}
+
+
+def assert_proper(case: str, frames: Frames) -> None:
+    testing.assert_proper(frames, group=motions(case).get("group", "SO3"))
+
+
 LEARNED = [
     case for case in CASES if any(weight.requires_grad for weight in build(case).parameters())
 ]
@@ -117,7 +147,7 @@ def test_equivariance(case: str, dtype: torch.dtype, cloud: Callable[..., Tensor
     points = cloud(100 if dtype == torch.float32 else 25, 64, dtype=dtype)
     module = build(case, dtype)
     assert not module(points).degenerate.any()
-    testing.assert_equivariant(module, points)
+    testing.assert_equivariant(module, points, **motions(case))
 
 
 @equivariant
@@ -127,7 +157,7 @@ def test_equivariance_on_real_clouds(case: str, real_data: Path) -> None:
     files = sorted((real_data / "modelnet40_ply_hdf5_2048").glob("*test0.h5"))
     with h5py.File(files[0]) as file:
         points = torch.from_numpy(file["data"][:100, :256])
-    testing.assert_equivariant(build(case), points)
+    testing.assert_equivariant(build(case), points, **motions(case))
 
 
 @equivariant
@@ -135,7 +165,7 @@ def test_equivariance_with_a_mask_and_normals(case: str) -> None:
     points = generic(32, 96)
     mask = torch.arange(96) < torch.arange(40, 72)[:, None]
     normals = nn.functional.normalize(generic(32, 96).flip(0) - 1, dim=-1)
-    testing.assert_equivariant(build(case), points, mask=mask, normals=normals)
+    testing.assert_equivariant(build(case), points, mask=mask, normals=normals, **motions(case))
 
 
 @equivariant
@@ -161,7 +191,7 @@ def test_batch_and_padding_do_not_matter(case: str, dtype: torch.dtype) -> None:
 def test_frames_are_proper_and_invertible(case: str, dtype: torch.dtype) -> None:
     module, points = build(case, dtype), generic(16, dtype=dtype)
     frames = module(points)
-    testing.assert_proper(frames)
+    assert_proper(case, frames)
     testing.assert_invertible(module, points)
     torch.testing.assert_close(frames.weights.sum(dim=1), torch.ones(16, dtype=dtype))
     for value in (frames.rotations, frames.log_weights, frames.centre):
@@ -184,7 +214,8 @@ def test_clouds_are_centred_at_their_mean(case: str) -> None:
 @equivariant
 @BOTH_DTYPES
 def test_clouds_that_determine_no_frame(case: str, dtype: torch.dtype) -> None:
-    testing.assert_degenerate_safe(build(case, dtype), dtype=dtype)
+    group = motions(case).get("group", "SO3")
+    testing.assert_degenerate_safe(build(case, dtype), group=group, dtype=dtype)
 
 
 @every
@@ -192,8 +223,8 @@ def test_clouds_that_determine_no_frame(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 def test_any_number_of_points(case: str, count: int, training: bool) -> None:
     module = build(case).train(training)
-    testing.assert_proper(module(generic(4, count)))
-    testing.assert_proper(module(generic(1, count)))
+    assert_proper(case, module(generic(4, count)))
+    assert_proper(case, module(generic(1, count)))
 
 
 @every
@@ -201,7 +232,7 @@ def test_flat_and_tiny_and_huge_clouds(case: str) -> None:
     module, points = build(case), generic(8)
     flat = points * torch.tensor([1.0, 1.0, 0.0])
     for difficult in (flat, 1e-12 * points, 1e12 * points, points + 1e5):
-        testing.assert_proper(module(difficult))
+        assert_proper(case, module(difficult))
 
 
 @every
@@ -219,7 +250,7 @@ def test_training_mode_is_proper_with_finite_gradients(
     points = cloud(6, 64).requires_grad_()
     mask = torch.arange(64) < torch.tensor([[64], [50], [30], [9], [64], [2]])
     frames = module(points, mask)
-    testing.assert_proper(frames)
+    assert_proper(case, frames)
     loss = prior_loss(frames, Aligned(), rotations.so3_grid(6))
     gradients = torch.autograd.grad(loss, [*module.parameters(), points], allow_unused=True)
     assert all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
@@ -239,7 +270,7 @@ def test_autocast_leaves_frames_exact(case: str) -> None:
     assert frames.rotations.dtype == frames.log_weights.dtype == torch.float32
     assert testing.frame_distance(frames, plain).max() < 1e-5
     assert low.rotations.dtype == torch.float32
-    testing.assert_proper(low)
+    assert_proper(case, low)
 
 
 @every

@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import pointcanon as pc
 from pointcanon.cli import COMMANDS, main
-
-README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def test_the_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,21 +92,6 @@ def test_data_check_of_the_real_data(real_data: Path, tmp_path: Path) -> None:
     root = str(real_data / "modelnet40_normal_resampled")
     main(["data", "check", "--data.root", root, "--json", str(report)])
     assert json.loads(report.read_text())["coordinate_frame"] == "y-up-mirrored"
-
-
-def test_the_readme_is_true() -> None:
-    """Every Python snippet of the README runs, in order, as one program."""
-    torch.manual_seed(0)
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert snippets
-    names: dict[str, object] = {}
-    for snippet in snippets:
-        sooner = snippet.replace("minutes=30", "minutes=0.01, progress=False")
-        exec(compile(sooner, str(README), "exec"), names)
-    back, points = names["back"], names["points"]
-    assert isinstance(back, torch.Tensor)
-    assert isinstance(points, torch.Tensor)
-    torch.testing.assert_close(back, points[:, None].expand_as(back), atol=1e-5, rtol=0)
 
 
 def test_the_demo_removes_nothing_of_others(

@@ -1,4 +1,4 @@
-"""Protocols, metrics, reports, pictures and ``pointcanon eval``, on clouds whose answers are known.
+"""Protocols, metrics, reports and ``pointcanon eval``, on clouds whose answers are known.
 
 A cloud is a box whose longest axis is its class; the predictor knows the longest axis; four marked
 points tell the canonicalizer the pose exactly. So every figure can be computed by hand.
@@ -29,7 +29,6 @@ from pointcanon.coordinates import coordinate_frame as frame_named
 from pointcanon.datasets import CloudItem
 from pointcanon.errors import CheckpointError, DataError, InputError, UsageError
 from pointcanon.eval.evaluate import AGAIN_SEED, Evaluation, chosen_clouds, evaluate
-from pointcanon.eval.pictures import canonical_gallery, gallery
 from pointcanon.eval.protocols import POSES, Protocol, pose_rotations, protocol, random_pose
 from pointcanon.eval.report import render, to_json, write_json
 from pointcanon.frames import Frames
@@ -304,7 +303,8 @@ def test_figures_do_not_depend_on_batches_or_workers_or_the_global_generator(box
 def test_a_limit_takes_clouds_from_everywhere_and_turns_them_as_in_the_whole() -> None:
     boxes = Boxes(SHAPES * 4, LABELS * 4)
     chosen = chosen_clouds(boxes, 5)
-    assert chosen == [0, 7, 14, 21, 28]
+    assert chosen == [5, 9, 11, 18, 27]  # published figures say no more than the limit
+    assert set(chosen_clouds(boxes, 3)) < set(chosen)
     found = evaluate(Longest(), boxes, "I/SO3", seeds=(3,), limit=5)
     up = boxes.coordinate_frame.up_axis
     right = by_hand(boxes, pose_rotations("SO3", 36, up, seed=3)) == torch.from_numpy(boxes.labels)
@@ -312,6 +312,9 @@ def test_a_limit_takes_clouds_from_everywhere_and_turns_them_as_in_the_whole() -
     assert found.trials.mean.overall_accuracy == pytest.approx(right[chosen].float().mean().item())
     assert found.trials.deviation("overall_accuracy") is None
     assert chosen_clouds(boxes, 99) == list(range(36))
+    # of classes that come in turn, sixteen of them, none is out of reach
+    in_turn = Boxes(SHAPES[:1] * 480, LABELS[:1] * 480)
+    assert len({cloud % 16 for cloud in chosen_clouds(in_turn, 24)}) > 10
 
 
 def test_the_model_is_left_as_it_was(boxes: Boxes) -> None:
@@ -477,76 +480,6 @@ def test_the_table_says_what_a_person_wants_to_know(evaluation: Evaluation, boxe
         assert part not in alone
 
 
-# pictures
-
-
-def png_size(file: Path) -> tuple[int, int]:
-    header = file.read_bytes()[:24]
-    assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
-
-
-def test_a_gallery_has_a_column_for_each_cloud(tmp_path: Path) -> None:
-    clouds = [box(i, i) for i in range(3)]
-    wide, narrow = tmp_path / "new" / "wide.png", tmp_path / "narrow.png"
-    gallery(clouds, clouds, ["a", "b", "c\nd"], wide, coordinate_frame="y-up")
-    gallery(clouds[:1], clouds[:1], ["a"], narrow, notes=(["before"], ["after"]))
-    assert png_size(wide)[0] > png_size(narrow)[0]
-    assert png_size(wide)[1] == png_size(narrow)[1]
-
-
-def test_up_is_up_in_every_frame() -> None:
-    from pointcanon.eval.pictures import as_seen
-
-    tower = torch.tensor([[0.0, 0.0, -1.0], [0.0, 0.0, 1.0], [0.3, 0.0, -1.0]])
-    views = [as_seen(convert(tower, "z-up", frame), frame) for frame in COORDINATE_FRAMES]
-    assert all(torch.allclose(view, views[0]) for view in views)
-    across, up = (views[0][1] - views[0][0])[:2]
-    assert abs(across) < 1e-12
-    assert up > 1
-
-
-def test_a_single_point_can_be_drawn(tmp_path: Path) -> None:
-    gallery([torch.zeros(1, 3)], [torch.zeros(1, 3)], [""], tmp_path / "point.png")
-
-
-def test_pictures_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
-    cloud, file = box(0, 0), tmp_path / "picture.png"
-    with pytest.raises(InputError, match="2 clouds before, 1 after and 1 titles"):
-        gallery([cloud, cloud], [cloud], ["a"], file)
-    with pytest.raises(InputError, match="0 clouds before"):
-        gallery([], [], [], file)
-    with pytest.raises(InputError, match=r"\(3, 64\)"):
-        gallery([cloud.mT], [cloud], ["a"], file)
-    with pytest.raises(InputError, match="NaN or infinite"):
-        gallery([cloud / 0], [cloud], ["a"], file)
-    with pytest.raises(DataError, match="cannot write"):
-        gallery([cloud], [cloud], ["a"], Path("/dev/null/picture.png"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_gallery_of_a_model(
-    boxes: Boxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: dict[str, Any] = {}
-
-    def remember(before, after, titles, path, **options) -> None:  # type: ignore[no-untyped-def]
-        drawn.update(before=before, after=after, titles=titles, **options)
-
-    monkeypatch.setattr("pointcanon.eval.pictures.gallery", remember)
-    model = Canonicalized(Longest(), Marked())
-    canonical_gallery(model, boxes, "I/SO3", tmp_path / "x.png", seed=3, count=3)
-    assert drawn["titles"] == ["along-x", "along-y", "along-z"]  # first cloud of each class
-    assert drawn["notes"][1] == ["✓ along-x", "✓ along-y", "✓ along-z"]
-    turns = pose_rotations("SO3", 9, boxes.coordinate_frame.up_axis, seed=3)
-    for place, index in enumerate((0, 4, 7)):
-        points = boxes[index]["points"]
-        assert torch.allclose(drawn["before"][place], points @ turns[index].mT, atol=1e-6)
-        assert torch.allclose(drawn["after"][place], points, atol=1e-5)
-    canonical_gallery(model, boxes, "I/SO3", tmp_path / "x.png", count=5)
-    assert len(drawn["titles"]) == 5
-
-
 # the command
 
 
@@ -582,8 +515,11 @@ def test_the_command_reports_writes_and_draws(
     assert (found["dataset"], found["n"], found["seeds"]) == ("ParametricShapes", 16, [4, 5])
     assert (found["predictor"], found["canonicalizer"]) == ("PointNet", "PCA")
     assert found["frames"]["count"] == 4
-    png_size(pictures / "gallery.png")
-    assert "behind PCA" in capsys.readouterr().out
+    for picture in ("curve.png", "poses.png", "gallery.png"):
+        assert (pictures / picture).read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "behind PCA" in shown
+    assert f"clouds to turn: {pictures / 'report.html'}" in shown
 
 
 def test_a_predictor_alone_and_one_without_its_canonicalizer_are_the_same(
@@ -600,6 +536,20 @@ def test_a_predictor_alone_and_one_without_its_canonicalizer_are_the_same(
     assert reports[0]["bare"] is None
 
 
+@pytest.mark.parametrize("canonicalizer", ["Search", "Manhattan", "{robust}"])
+def test_a_canonicalizer_that_needs_no_training_is_put_in_front(
+    canonicalizer: str, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    file, chosen = tmp_path / "report.json", canonicalizer.format(**checkpoints)
+    arguments = [checkpoints["predictor"], *SHAPES_DATA, "--protocol", "I/SO3"]
+    arguments += ["--seeds", "0", "--canonicalizer", chosen, "--json", str(file)]
+    assert run(arguments) == 0
+    found = json.loads(file.read_text())
+    name = "PCA" if chosen == checkpoints["robust"] else chosen
+    assert (found["predictor"], found["canonicalizer"]) == ("PointNet", name)
+    assert found["invariance"]["rotation_error_deg"]["p50"] < 0.1
+
+
 @pytest.mark.parametrize("which", ["robust", "predictor"])
 @pytest.mark.parametrize("bare", [[], ["--bare"]])
 def test_the_command_refuses_a_mirrored_copy_of_the_data(
@@ -614,6 +564,26 @@ BAD = {
     "nothing": ([], 2, "required: checkpoint, protocol"),
     "unknown protocol": (["{robust}", "--protocol", "I/SO4"], 2, "unknown protocol 'I/SO4'"),
     "unknown option": (["{robust}", "--protocol", "I/I", "--sneeds", "1"], 2, "--sneeds"),
+    "unknown canonicalizer": (
+        ["{robust}", "--protocol", "I/I", "--canonicalizer", "LSD"],
+        2,
+        "neither a checkpoint nor one of: modelnet40, PCA, Manhattan, Search",
+    ),
+    "no canonicalizer there": (
+        ["{robust}", "--protocol", "I/I", "--canonicalizer", "{predictor}"],
+        1,
+        "holds a predictor and no canonicalizer",
+    ),
+    "both": (
+        ["{robust}", "--protocol", "I/I", "--canonicalizer", "PCA", "--bare"],
+        2,
+        "--bare leaves the canonicalizer out",
+    ),
+    "options of none": (
+        ["{predictor}", "--protocol", "I/I", "--canonicalizer_options", '{{"looks": 4}}'],
+        2,
+        "Identity has no option 'looks'; it has: none",
+    ),
     "no number": (["{robust}", "--protocol", "I/I", "--batch_size", "many"], 2, "batch_size"),
     "no points": (["{robust}", "--protocol", "I/I", "--data.num_points", "x"], 2, "num_points"),
     "bad seeds": (["{robust}", "--protocol", "I/SO3", "--seeds", "one"], 2, "--seeds is 'one'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +157,18 @@ def test_vote_is_the_weighted_mean() -> None:
     )
 
 
+def test_a_certain_candidate_counts_more() -> None:
+    """Weights times exp(-H): of two equal ones, 1 sure and 1 torn between C classes, 1 to 1 / C."""
+    pair = Frames.of(torch.eye(3, dtype=DTYPE).expand(1, 2, 3, 3))
+    logits = torch.tensor([[[0.0, 1e3, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]], dtype=DTYPE)
+    expected = (torch.tensor([0.0, 1, 0, 0], dtype=DTYPE) + 0.25 * 0.25) / 1.25
+    voted = pair.vote_logits(logits, by_certainty=True).exp()
+    torch.testing.assert_close(voted[0], expected)
+    points = logits[:, :, None].expand(1, 2, 5, 4)
+    each = pair.vote_logits(points, by_certainty=True).exp()
+    torch.testing.assert_close(each, voted[:, None].expand(1, 5, 4))
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 5), (3, 4, 6, 5)])
 def test_logits_are_voted_as_probabilities(shape: tuple[int, ...]) -> None:
     many = frames()
@@ -206,3 +219,43 @@ def test_straight_through_chooses_hard_and_teaches_softly() -> None:
     assert found[0].all()
     chosen = nn.functional.one_hot(scores.argmax(dim=1), 4).to(DTYPE)[..., None, None]
     torch.testing.assert_close(found[1], chosen * probe)
+
+
+def test_a_size_is_divided_out_and_put_back() -> None:
+    scale = torch.tensor([0.5, 2.0, 30.0], dtype=DTYPE)
+    plain, points = frames(), clouds()
+    sized = replace(plain, scale=scale)
+    torch.testing.assert_close(
+        sized.apply(points), plain.apply(points) / scale[:, None, None, None]
+    )
+    torch.testing.assert_close(
+        sized.invert(sized.apply(points)), points[:, None].expand(3, 4, 10, 3)
+    )
+    assert torch.equal(sized.apply_vectors(points), plain.apply_vectors(points))
+    assert sized.best().scale is scale
+    inner = Frames.of(torch.eye(3, dtype=DTYPE).expand(12, 3, 3))
+    assert sized.compose(inner).scale is scale
+
+
+def test_frames_of_some_clouds() -> None:
+    whole = replace(frames(), scale=torch.arange(1, 4, dtype=DTYPE), stages=(frames(seed=1),))
+    part = whole[1:]
+    assert torch.equal(part.apply(clouds()[1:]), whole.apply(clouds())[1:])
+    assert torch.equal(part.stages[0].rotations, whole.stages[0].rotations[1:])
+    assert part.raw is None
+    assert torch.equal(whole[torch.tensor([True, False, True])].centre, whole.centre[::2])
+
+
+def test_confidence_is_that_of_the_heaviest_frame() -> None:
+    assert frames().confidence is None
+    many = frames()
+    sharpness = torch.tensor([0.0, 1.0, 5.0, 50.0], dtype=DTYPE)
+    many = replace(many, fisher=sharpness[:, None, None] * many.rotations)
+    best = many.log_weights.argmax(dim=1)
+    k = 2 * sharpness[best]
+    found = many.confidence
+    assert found is not None
+    torch.testing.assert_close(found, torch.special.i1e(k) / torch.special.i0e(k))
+    shuffled = many.select(torch.tensor([[2, 0, 3, 1]]).expand(3, 4))
+    assert shuffled.confidence is not None
+    assert torch.equal(shuffled.confidence, found)

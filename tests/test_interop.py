@@ -59,7 +59,8 @@ def test_the_answer_does_not_depend_on_the_neighbours(
     for i, cloud in enumerate(clouds):
         alone = model.predict(*pc.interop.batch(cloud))
         for ours, theirs in zip(together, alone, strict=True):
-            torch.testing.assert_close(ours[i : i + 1], theirs, atol=1e-5, rtol=1e-5)
+            if theirs is not None:
+                torch.testing.assert_close(ours[i : i + 1], theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])

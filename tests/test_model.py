@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pointcanon import checkpoint, rotations, testing
-from pointcanon.canonicalizers import PCA, Canonicalizer, Identity, Optimized
+from pointcanon.canonicalizers import PCA, Canonicalizer, Identity, Optimized, Search
 from pointcanon.errors import CheckpointError, InputError
 from pointcanon.model import Canonicalized, load
 from pointcanon.predictors import PointNet
@@ -46,7 +46,7 @@ class Moments(nn.Module):
         return points.pow(3).mean(dim=1)
 
 
-@pytest.mark.parametrize("vote", ["probabilities", "mean"])
+@pytest.mark.parametrize("vote", ["probabilities", "certainty", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize("name", CANONICALIZERS)
 def test_outputs_are_invariant_to_rotation(name: str, dtype: torch.dtype, vote: Any) -> None:
@@ -175,6 +175,58 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     card = checkpoint.read_card(path)
     assert card.kind == "canonicalized"
     assert card.metrics == {"overall_accuracy": 0.5}
+
+
+def test_options_that_need_no_training_change_and_the_weights_stay(tmp_path: Path) -> None:
+    points = testing.generic_clouds(4, 32, dtype=torch.float64)
+    whole = model("optimized").double()
+    before = whole.canonicalizer
+    nn.init.normal_(before.refiner.head[-1].weight, std=0.1)
+    after = before.with_options(answers=1, looks=2)
+    assert after.options == {**before.options, "answers": 1, "looks": 2}
+    assert "proposal" not in before.options
+    assert not after.training
+    for name, weight in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], weight)
+    fewer = before.with_options(answers=1)
+    frames = fewer(points)
+    assert frames.count == 1
+    assert torch.equal(frames.rotations, before(points).best().rotations)
+    # two canonicalizers, nothing of which is shared
+    assert not set(after.modules()) & set(before.modules())
+    nn.init.zeros_(fewer.scorer.score.weight)
+    assert before.scorer.score.weight.any()
+    # as good as any other in a file
+    Canonicalized(whole.predictor, after).save(tmp_path / "changed.safetensors")
+    again = load(tmp_path / "changed.safetensors").canonicalizer
+    assert again.options == after.options
+    assert torch.equal(again(points).rotations, after(points).rotations)
+
+
+def test_a_search_keeps_its_network_when_its_options_change() -> None:
+    points = testing.generic_clouds(3, 24)
+    search = Canonicalized(network(), Search(budget=8, keep=1)).eval().canonicalizer
+    again = search.with_options(budget=8)
+    assert torch.equal(again(points).rotations, search(points).rotations)
+    assert search.with_options(keep=2)(points).count == 2
+
+
+@pytest.mark.parametrize(
+    ("canonicalizer", "changes", "message"),
+    [
+        ("optimized", {"look": 4}, r"Optimized has no option 'look'; it has: keep, steps, answers"),
+        ("optimized", {"proposal": PCA(1)}, r"no option 'proposal'"),
+        ("optimized", {"answers": 0}, r"answers is 0; choose at least 1"),
+        ("optimized", {"scorer_hidden": 8}, r"the weights do not fit: .*a training of its own"),
+        ("pca-4", {"poses": 5}, r"poses is 5"),
+        (Identity(), {"looks": 4}, r"Identity has no option 'looks'; it has: none"),
+    ],
+)
+def test_options_that_cannot_change_are_refused(
+    canonicalizer: Any, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        model(canonicalizer).canonicalizer.with_options(**changes)
 
 
 def test_what_the_predictor_was_trained_on_is_remembered(tmp_path: Path) -> None:

@@ -548,7 +548,7 @@ def test_load_by_name(h5_root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("modelnet50", "x", "test"), r"'modelnet50'.*modelnet40, modelnet10, parametric-shapes"),
+        (("modelnet50", "x", "test"), r"'modelnet50'.*modelnet40, modelnet10, .*rna"),
         (("modelnet40", None, "test"), r"needs the folder"),
         (("parametric-shapes", "x", "test"), r"is generated"),
     ],

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from pointcanon import rotations, testing
-from pointcanon.canonicalizers import PCA, Canonicalizer, Optimized, VectorNeuron
-from pointcanon.canonicalizers.optimized import PoseNet, _random_part, _spread_part
+from pointcanon.canonicalizers import (
+    PCA,
+    Canonicalizer,
+    Identity,
+    Manhattan,
+    Optimized,
+    Orbit,
+    Union,
+    VectorNeuron,
+)
+from pointcanon.canonicalizers.optimized import OrbitNet, PoseNet, _random_part, _spread_parts
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
+from pointcanon.layers.group_conv import GroupConv
 from pointcanon.losses import prior_loss, refinement_loss
 from pointcanon.priors import Aligned
 
@@ -21,7 +31,7 @@ SMALL: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
 
 def plain(network: PoseNet, points: Tensor, mask: Tensor | None = None) -> Tensor:
     """What a PoseNet computes, written plainly."""
-    features = network.peak(network.shared(points))
+    features = network.features.peak(network.features.shared(points))
     if mask is not None:
         features = features.masked_fill(~mask[..., None], -torch.inf)
     return network.head(features.amax(dim=1).relu())
@@ -62,6 +72,71 @@ def test_sampled_lessons_have_the_gradient_of_all_on_average() -> None:
         assert (ours - exact).norm() < 0.2 * exact.norm()
 
 
+GROUPS = ["C1", "C5", "T", "O"]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_convolution_follows_the_orbit(name: str) -> None:
+    """Seen from another of its poses an orbit is permuted, and so are the answers."""
+    group = rotations.group(name, torch.float64)
+    layer = GroupConv(group, 5, 4).double()
+    features = torch.randn(3, len(group), 5, dtype=torch.float64)
+    answer = layer(features)
+    for turn in group:
+        moved = (turn @ group)[:, None].sub(group).abs().amax(dim=(-1, -2)).argmin(dim=1)
+        torch.testing.assert_close(layer(features[:, moved]), answer[:, moved])
+
+
+def test_a_group_convolution_needs_a_group() -> None:
+    with pytest.raises(InputError, match="these 2 matrices are no group"):
+        GroupConv(rotations.group("C4")[:2], 3, 3)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_score_is_one_function_of_the_posed_cloud(name: str) -> None:
+    """Whichever pose an orbit starts from, the same pose gets the same score."""
+    torch.manual_seed(0)
+    group = rotations.group(name, torch.float64)
+    net = OrbitNet(group, (8, 12), hidden=16, mixed=4).double().eval()
+
+    points = testing.generic_clouds(1, 30, dtype=torch.float64)
+    lift = torch.zeros(3, 9, dtype=torch.float64)
+    lift[:, :3] = torch.eye(3, dtype=torch.float64)  # the normals stay out of this
+    orbit = torch.cat([points @ turn for turn in group])
+    first = net(orbit @ lift)[:, 0]
+    assert len(group) == 1 or first.std() > 1e-4
+    for turn in group:
+        moved = (turn @ group)[:, None].sub(group).abs().amax(dim=(-1, -2)).argmin(dim=1)
+        turned = torch.cat([points @ turn @ other for other in group])
+        torch.testing.assert_close(net(turned @ lift)[:, 0], first[moved])
+
+
+@pytest.mark.parametrize(
+    ("canonicalizer", "size"),
+    [
+        (Identity(), 1),
+        (PCA(1), 1),
+        (PCA(4), 4),
+        (PCA(24), 24),
+        (PCA(4, weighting="smooth"), 1),
+        (PCA(24, weighting="smooth"), 24),
+        (Manhattan(1), 1),
+        (Manhattan(24), 24),
+        (Orbit(PCA(4), "T"), 12),
+        (Union([Manhattan(), PCA(24)]), 24),
+        (Union([Manhattan(), PCA(4)]), 1),
+    ],
+)
+def test_candidates_come_in_orbits_of_the_group_they_declare(
+    canonicalizer: Canonicalizer, size: int
+) -> None:
+    group = canonicalizer.candidate_group.double()
+    assert len(group) == size
+    frames = canonicalizer(testing.surface_clouds(3, 60, dtype=torch.float64)).rotations
+    orbits = frames.unflatten(1, (-1, size))
+    torch.testing.assert_close(orbits[:, :, :1] @ group, orbits)
+
+
 def test_learning_in_bfloat16_stays_near() -> None:
     net, points = network(torch.float32).train(), testing.generic_clouds(30, 40)
     torch.testing.assert_close(net(points), plain(net, points), atol=0.05, rtol=0.05)
@@ -74,6 +149,8 @@ def test_learning_in_bfloat16_stays_near() -> None:
         ({"steps": -1}, "steps is -1; choose at least 0"),
         ({"answers": 0}, "answers is 0; choose at least 1"),
         ({"scorer_points": 0}, "scorer_points is 0; choose at least 1"),
+        ({"looks": 0}, "looks is 0; choose at least 1"),
+        ({"scorer_hidden": 0}, "hidden is 0"),
         ({"scorer_widths": (32,)}, r"widths is \(32,\); give at least two"),
         ({"refiner_widths": (32, 0)}, r"widths is \(32, 0\)"),
     ],
@@ -121,6 +198,22 @@ def test_untrained_it_answers_with_proposals_as_they_are() -> None:
         assert ((nearest < 1e-6).sum(dim=1) == 2).all()
 
 
+def test_a_gate_is_the_odds_that_a_cloud_arrives_as_it_should() -> None:
+    torch.manual_seed(0)
+    points = testing.surface_clouds(6, 64, dtype=torch.float64)
+    module = Optimized(PCA(24), steps=0, answers=30, **SMALL).double().eval()
+    before = module(points)
+    module.gate = 50.0
+    sure = module(points).best()
+    identity = torch.eye(3, dtype=torch.float64).expand(6, 1, 3, 3)
+    torch.testing.assert_close(sure.rotations, identity)
+    module.gate = -50.0
+    never = module(points)
+    assert never.count == 30
+    torch.testing.assert_close(never.best(5).rotations, before.best(5).rotations)
+    torch.testing.assert_close(never.best(5).log_weights, before.best(5).log_weights)
+
+
 def test_a_part_of_the_points_teaches() -> None:
     points = testing.generic_clouds(4, 40)
     mask = torch.arange(40) < torch.tensor([[40], [30], [20], [5]])
@@ -135,14 +228,29 @@ def test_a_part_of_the_points_teaches() -> None:
 def test_the_scored_part_is_real_points_spread_over_the_radius() -> None:
     points = testing.generic_clouds(2, 40)
     mask = torch.arange(40) < torch.tensor([[40], [30]])
-    seen, kept = _spread_part(points, mask, 10)
+    ((seen, kept),) = _spread_parts(points, mask, 10, 1)
     assert kept is None
     for cloud, real, part in zip(points, (40, 30), seen, strict=True):
         order = cloud[:real].norm(dim=-1).argsort()
         expected = cloud[order[torch.arange(10) * real // 10 + real // 20]]
         torch.testing.assert_close(part, expected)
-    few, _ = _spread_part(points, mask & (torch.arange(40) < 3), 10)
+    ((few, _),) = _spread_parts(points, mask & (torch.arange(40) < 3), 10, 1)
     assert (torch.cdist(few, points[:, :3]).amin(dim=-1) == 0).all()
+    together = torch.cat([part for part, _ in _spread_parts(points, None, 10, 4)], dim=1)
+    radii = (cloud.norm(dim=-1).sort(dim=1).values for cloud in (together, points))
+    assert torch.equal(*radii)
+
+
+def test_the_scores_of_several_looks_are_averaged() -> None:
+    torch.manual_seed(0)
+    points = testing.surface_clouds(3, 64, dtype=torch.float64)
+    module = Optimized(PCA(24), scorer_points=16, looks=2, **SMALL).double().eval()
+    surface = torch.cat((points, points), dim=-1)
+    parts = _spread_parts(surface, None, 16, 2)
+    single = [module._score(PCA(24)(points), [part]).log_weights for part in parts]
+    mean = module._score(PCA(24)(points), parts).log_weights
+    assert (single[0] - single[1]).abs().max() > 1e-3
+    torch.testing.assert_close(mean, (sum(single) / 2).log_softmax(dim=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

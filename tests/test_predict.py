@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ import trimesh
 
 import pointcanon as pc
 from pointcanon.cli import main, streaming
+from pointcanon.cli.options import with_options
+from pointcanon.errors import UsageError
+from pointcanon.predictors.public import yanx27
 from pointcanon.rotations import geodesic_angle, random_rotations
 
 CLASSES = ("ball", "box", "cone", "disc", "egg", "flag")
 KEYS = {
     *("file", "index", "label", "confidence", "top5", "rotation", "quaternion_wxyz", "centre"),
-    *("scale", "degenerate", "points"),
+    *("scale", "frame_weight", "degenerate", "points"),
 }
 
 
@@ -81,6 +86,7 @@ def test_a_line_says_what_the_model_says(
     assert (record["file"], record["index"]) == (str(tmp_path / "a.npy"), None)
     assert record["points"] == 50
     assert record["degenerate"] is False
+    assert record["frame_weight"] == 0.25  # principal axes do not prefer any of the four signs
     ball = pc.interop.batch((points - points.mean(0)) / record["scale"], dtype=torch.float32)
     expected = model.predict(*ball)
     assert record["label"] == CLASSES[int(expected.labels)]
@@ -95,6 +101,102 @@ def test_a_line_says_what_the_model_says(
     torch.testing.assert_close(roma.unitquat_to_rotmat(torch.tensor([*xyz, w])), rotation)
     canonical = (points - record["centre"]) / record["scale"] @ np.array(record["rotation"])
     assert np.linalg.norm(canonical, axis=1).max() == pytest.approx(1)
+
+
+def weights_of(checkpoint: str, options: list[str], tmp_path: Path) -> list[float]:
+    """The frame weights that both commands report of one cloud: of K principal frames 1 / K."""
+    np.save(tmp_path / "one.npy", cloud(0))
+    where = {"predict": ["--json"], "canonicalize": ["--out"]}
+    found = []
+    for command, place in where.items():
+        out = tmp_path / f"{command}-{len(list(tmp_path.iterdir()))}.jsonl"
+        arguments = [command, checkpoint, str(tmp_path / "one.npy"), *place, str(out), *options]
+        assert main(arguments) == 0
+        (record,) = read(out if out.is_file() else out / "poses.jsonl")
+        found.append(record["frame_weight"])
+    return found
+
+
+def test_another_canonicalizer_is_put_in_front_and_set(
+    checkpoint: str, model: pc.Canonicalized, tmp_path: Path
+) -> None:
+    single = pc.Canonicalized(model.predictor, pc.canonicalizers.PCA(1))
+    single.save(tmp_path / "single.safetensors")
+    pc.checkpoint.save(
+        tmp_path / "bare.safetensors", model.predictor, pc.checkpoint.Card("predictor")
+    )
+    for network, options, count in (
+        (checkpoint, [], 4),
+        (checkpoint, ["--canonicalizer", "PCA"], 24),
+        (checkpoint, ["--canonicalizer", str(tmp_path / "single.safetensors")], 1),
+        (str(tmp_path / "bare.safetensors"), ["--canonicalizer", "PCA"], 24),
+        (checkpoint, ["--canonicalizer_options", '{"poses": 24}'], 24),
+        (checkpoint, ["--canonicalizer=PCA", '--canonicalizer_options={"poses": 1}'], 1),
+    ):
+        assert weights_of(network, options, tmp_path) == pytest.approx([1 / count] * 2)
+
+
+def test_options_are_of_their_types() -> None:
+    optimized = pc.canonicalizers.Optimized(scorer_widths=(8, 8), refiner_widths=(8, 8))
+    changed = with_options(optimized, '{"looks": 4, "gate": 3, "scorer_points": null}')
+    assert changed.options == {**optimized.options, "looks": 4, "gate": 3.0, "scorer_points": None}
+    assert with_options(optimized, None) is optimized
+    for text, words in (
+        ('{"looks": 2.5}', "--canonicalizer_options, Optimized: .*looks.* 2.5"),
+        ('{"gate": [3]}', "gate"),
+        ('{"proposal": "PCA"}', "Optimized has no option 'proposal'; it has: keep, steps"),
+        ('{"scorer_widths": [8, 9]}', "the weights do not fit"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            with_options(optimized, text)
+
+
+def test_a_line_says_how_sure_the_frame_is(model: pc.Canonicalized, tmp_path: Path) -> None:
+    sure = pc.canonicalizers.VectorNeuron(k=5, orthonormalise="matrix-fisher")
+    model = pc.Canonicalized(model.predictor, sure).eval()
+    model.save(tmp_path / "sure.safetensors")
+    np.save(tmp_path / "a.npy", cloud(0))
+    both = [str(tmp_path / "sure.safetensors"), str(tmp_path / "a.npy")]
+    assert main(["predict", *both, "--json", str(tmp_path / "out.jsonl")]) == 0
+    assert main(["canonicalize", *both, "--out", str(tmp_path / "out")]) == 0
+    (predicted,) = read(tmp_path / "out.jsonl")
+    (posed,) = read(tmp_path / "out" / "poses.jsonl")
+    assert set(predicted) == KEYS | {"frame_confidence"}
+    expected = model.predict(*pc.interop.batch(cloud(0), dtype=torch.float32)).frame_confidence
+    assert expected is not None
+    for record in (predicted, posed):
+        assert record["frame_confidence"] == pytest.approx(float(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("frame", ["y-up", "y-up-mirrored"])
+def test_a_mirrored_and_scaled_cloud_is_posed_as_the_matrix_says(
+    frame: str, model: pc.Canonicalized, tmp_path: Path, generator: torch.Generator
+) -> None:
+    both_hands = pc.canonicalizers.ForGroup(pc.canonicalizers.PCA(1), "O3", scale=True)
+    front = pc.Canonicalized(model.predictor, both_hands)
+    front.coordinate_frame, front.normalisation = "y-up", None
+    front.save(tmp_path / "front.safetensors")
+    turn = random_rotations(generator=generator, dtype=torch.float64).numpy()
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "a.npy", cloud(0))
+    np.save(tmp_path / "in" / "b.npy", -3 * cloud(0) @ turn.T + 7)  # mirrored, turned, larger
+    command = ["canonicalize", str(tmp_path / "front.safetensors"), str(tmp_path / "in")]
+    assert main([*command, "--out", str(tmp_path / "out"), "--coordinate_frame", frame]) == 0
+    records = read(tmp_path / "out" / "poses.jsonl")
+    assert {record.get("mirrored") for record in records} == {True, None}
+    canonical = []
+    for record in records:
+        rotation, points = np.array(record["rotation"]), np.load(record["file"])
+        mirrored = record.get("mirrored", False)
+        assert ("quaternion_wxyz" in record) is not mirrored
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
+        assert np.linalg.det(rotation) == pytest.approx(-1 if mirrored else 1)
+        canonical.append((points - record["centre"]) / record["scale"] @ rotation)
+        written = np.load(record["output"])  # in its size
+        np.testing.assert_allclose(written, canonical[-1] * record["scale"], atol=1e-10)
+    np.testing.assert_allclose(*canonical, atol=1e-4)
+    assert np.linalg.norm(canonical[0], axis=1).max() == pytest.approx(1, abs=1e-5)
+    assert records[1]["scale"] == pytest.approx(3 * records[0]["scale"], rel=1e-5)
 
 
 def test_a_turned_moved_and_scaled_file_has_the_same_label(
@@ -215,6 +317,75 @@ def test_processes_share_the_files_out(
     assert len(set(keys(records))) == len(records) == 12
 
 
+def test_a_reader_that_has_seen_enough_ends_it_quietly(
+    checkpoint: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["predict", checkpoint, str(folder / "0.xyz")]) == 1
+        print("and what is still to be written goes nowhere")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_taken_up(checkpoint: str, tmp_path: Path) -> None:
+    folder, out = tmp_path / "many", tmp_path / "out.jsonl"
+    folder.mkdir()
+    for seed in range(600):
+        np.save(folder / f"{seed}.npy", cloud(seed, 20))
+    command = [sys.executable, "-m", "pointcanon", "predict", checkpoint, str(folder)]
+    command += ["--json", str(out), "--batch_size", "1", "--device", "cpu"]
+    for least in (5, 200):
+        run = subprocess.Popen([*command, "--resume"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while run.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > least):
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+    before = out.read_bytes()
+    assert 200 < before.count(b"\n") < 600
+    out.write_bytes(before + b'{"file": "half a li')  # had it come between two writes
+    assert subprocess.run([*command, "--resume"], check=False).returncode == 0
+    assert out.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert sorted(record["file"] for record in read(out)) == sorted(map(str, folder.iterdir()))
+
+
+PEAK = """
+import resource, sys
+from pointcanon.cli import main
+status = main(sys.argv[1:])
+print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss has another unit")
+def test_thousands_of_files_take_the_memory_of_a_few(checkpoint: str, tmp_path: Path) -> None:
+    peaks = []
+    for count in (200, 5000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for seed in range(count):
+            np.save(folder / f"{seed}.npy", cloud(seed, 64))
+        arguments = ["predict", checkpoint, str(folder), "--json", str(tmp_path / f"{count}.jsonl")]
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *arguments, "--device", "cpu"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        status, kibibytes = map(int, done.stdout.split())
+        assert status == 0
+        assert len(read(tmp_path / f"{count}.jsonl")) == count
+        peaks.append(kibibytes)
+    assert peaks[1] - peaks[0] < 20 * 1024  # holding 5,000 of them would take more
+
+
 @pytest.mark.slow
 def test_torchrun_shares_a_folder_out_and_fails_together(
     checkpoint: str, folder: Path, tmp_path: Path
@@ -280,6 +451,20 @@ def test_large_clouds_go_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> No
         (["--batch_size", "0"], 2, "0 is less than 1"),
         (["--coordinate_frame", "sideways"], 2, "unknown coordinate frame 'sideways'"),
         (["--device", "abacus"], 2, "--device abacus cannot be used here"),
+        (
+            ["--canonicalizer", "LSD"],
+            2,
+            "'LSD' is neither a checkpoint nor one of: modelnet40",
+        ),
+        (["--canonicalizer_options", "looks=4"], 2, "is 'looks=4'; give JSON, such as '{\"answers"),
+        (["--canonicalizer_options", "[4]"], 2, "is '[4]'; give JSON"),
+        (
+            ["--canonicalizer_options", '{"looks": 4}'],
+            2,
+            "PCA has no option 'looks'; it has: poses",
+        ),
+        (["--canonicalizer_options", '{"poses": "few"}'], 2, "poses"),
+        (["--canonicalizer_options", '{"poses": 5}'], 2, "poses"),
         (["--resume"], 2, "--json FILE"),
         (["--json", "."], 2, "it is a folder"),
     ],
@@ -301,10 +486,6 @@ def test_bad_usage_is_one_line(
 def test_checkpoints_that_cannot_answer(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = pc.predictors.create("pointnet-parts", num_parts=4, num_categories=0)
-    pc.Canonicalized(parts, pc.canonicalizers.PCA(4)).save(tmp_path / "parts.safetensors")
-    assert main(["predict", str(tmp_path / "parts.safetensors"), str(folder)]) == 2
-    assert "labels points, not clouds" in capsys.readouterr().err
     seeing = pc.predictors.create("pointnet", num_classes=2, embedding=8, normals=True)
     model = pc.Canonicalized(seeing, pc.canonicalizers.PCA(4))
     model.save(tmp_path / "normals.safetensors")
@@ -340,6 +521,7 @@ def test_canonical_clouds_are_written(
     posed = pc.readers.read(out / "0.xyz.ply").points
     np.testing.assert_allclose(posed.mean(axis=0), 0, atol=1e-10)
     record = records["0.xyz", None]
+    assert record["frame_weight"] == 0.25
     back = posed @ np.array(record["rotation"]).T + record["centre"]
     np.testing.assert_allclose(back, cloud(0), atol=1e-10)
     again = pc.readers.read(out / "turned.csv.ply").points
@@ -367,3 +549,145 @@ def test_canonical_clouds_do_not_overwrite(
     assert main([*command, *twice, "--out", str(tmp_path / "out")]) == 2
     assert "would both be written to" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# networks that label points
+
+PARTS = ("box/lid", "box/side", "cone/tip", "cone/base", "cone/side")
+
+
+def part_model(**options: Any) -> pc.Canonicalized:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"transforms": False, "widths": (8, 8), "embedding": 16, "head": (16,)}
+    network = pc.predictors.PointNetParts(len(PARTS), **{"num_categories": 2, **small, **options})
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):  # or all points would be of one part
+            torch.nn.init.normal_(module.weight)
+    network.classes, network.normalisation = ("box", "cone"), "unit-ball"
+    network.parts = PARTS
+    return pc.Canonicalized(network, pc.canonicalizers.PCA(4)).eval()
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """A checkpoint, and beside it a folder with one folder for each category."""
+    part_model().save(tmp_path / "parts.safetensors")
+    for seed, name in enumerate(("box/a.npy", "cone/deep/b.xyz", "cone/c.npz")):
+        file = tmp_path / "scans" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".npy":
+            np.save(file, cloud(seed))
+        elif file.suffix == ".npz":
+            np.savez(file, points=np.stack([cloud(seed), cloud(seed + 1)]))
+        else:
+            np.savetxt(file, cloud(seed, 80))
+    return tmp_path
+
+
+def test_the_card_names_the_parts(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(parts / "parts.safetensors")]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert (card["classes"], card["parts"]) == (["box", "cone"], list(PARTS))
+    model = pc.load(parts / "parts.safetensors")
+    assert model.parts == model.predictor.parts == PARTS
+    shapenet = yanx27.SHAPENET_PART[50]
+    assert shapenet.parts == pc.datasets.ShapeNetPart.parts
+    assert pc.classes.part_ranges(*map(tuple, (card["classes"], PARTS))) == (range(2), range(2, 5))
+    assert pc.classes.part_ranges(["box", "egg"], ["0", "1"]) == (range(2), range(2))
+
+
+@pytest.mark.parametrize("num_points", [None, 30])
+def test_every_point_has_a_label_in_its_place(num_points: int | None, parts: Path) -> None:
+    out = parts / "out.jsonl"
+    command = ["predict", str(parts / "parts.safetensors"), str(parts / "scans"), "--labels"]
+    command += ["--json", str(out), "--out", str(parts / "labels"), "--batch_size", "3"]
+    assert main([*command, *(() if num_points is None else ("--num_points", "30"))]) == 0
+    records = {(Path(record["file"]).name, record["index"]): record for record in read(out)}
+    assert len(records) == 4
+    model = part_model()
+    for (name, index), record in records.items():
+        category = ("box", "cone").index(record["category"])
+        points = pc.readers.CloudFile(record["file"])[index or 0].points
+        assert record["points"] == len(points) == len(record["labels"])
+        ball = torch.from_numpy((points - points.mean(0)) / record["scale"])[None].float()
+        told = torch.tensor([category])
+        expected = model.predict(ball, category=told, max_points=num_points).probabilities[0]
+        own = [part.startswith(record["category"]) for part in PARTS]
+        expected[:, ~torch.tensor(own)] = 0
+        confidence, labels = expected.max(dim=1)
+        assert record["labels"] == labels.tolist(), name
+        assert record["confidence"] == pytest.approx(float(confidence.mean()), abs=1e-5)
+        counts = {PARTS[label]: record["labels"].count(label) for label in set(record["labels"])}
+        assert {part: found["points"] for part, found in record["parts"].items()} == counts
+        assert all(PARTS[found["label"]] == part for part, found in record["parts"].items())
+        stored: Any = (
+            trimesh.load(record["output"]) if name == "b.xyz" else np.load(record["output"])
+        )
+        if name == "b.xyz":
+            np.testing.assert_allclose(stored.vertices, points)
+            written = stored.metadata["_ply_raw"]["vertex"]["data"]["label"].tolist()
+            assert len(np.unique(stored.colors, axis=0)) == len(counts)
+        else:
+            written = (stored["labels"] if name == "c.npz" else stored).tolist()
+        assert written == record["labels"]
+    assert len(set(records["b.xyz", None]["labels"])) > 1
+    assert Path(records["c.npz", 1]["output"]).relative_to(parts) == Path(
+        "labels/cone/c.000001.npz"
+    )
+
+
+def test_the_category_is_told_found_or_not_needed(
+    parts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, out = str(parts / "parts.safetensors"), parts / "out.jsonl"
+    np.save(parts / "loose.npy", cloud(3))
+    command = ["predict", checkpoint, "--json", str(out)]
+    assert main([*command, str(parts / "scans"), str(parts / "loose.npy")]) == 2
+    error = capsys.readouterr().err
+    assert "loose.npy is not known: give --category, or" in error
+    assert "box, cone" in error
+    assert main([*command, str(parts / "loose.npy"), "--category", "egg"]) == 2
+    assert "'egg' is none of the network's: box, cone" in capsys.readouterr().err
+    assert not out.exists()
+    told = ["--category", "cone"]
+    assert main([*command, str(parts / "loose.npy"), str(parts / "scans/box"), *told]) == 0
+    assert {record["category"] for record in read(out)} == {"cone"}
+    assert all(part.startswith("cone/") for record in read(out) for part in record["parts"])
+    out.unlink()
+    assert main([*command, str(parts / "scans/cone")]) == 0  # the folder that is named counts
+    assert {record["category"] for record in read(out)} == {"cone"}
+    out.unlink()
+    free = part_model(num_categories=0)
+    free.classes = free.parts = None
+    free.save(parts / "free.safetensors")
+    assert (
+        main(["predict", str(parts / "free.safetensors"), *command[2:], str(parts / "scans")]) == 0
+    )
+    assert {record["category"] for record in read(out)} == {None}
+    assert {part for record in read(out) for part in record["parts"]} <= set("01234")
+
+
+@pytest.mark.parametrize("option", [["--category", "box"], ["--labels"], ["--out", "labels"]])
+def test_what_is_for_points_is_refused_for_clouds(
+    option: list[str], checkpoint: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", checkpoint, str(folder / "0.xyz"), *option]) == 2
+    assert f"{option[0]} is for networks that label points" in capsys.readouterr().err
+
+
+def test_a_canonicalizer_that_looks_at_normals_gets_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steerable = pc.canonicalizers.Steerable(normals=True, channels=2, layers=1)
+    model = pc.Canonicalized(
+        pc.predictors.create("pointnet", num_classes=2, embedding=8, widths=(8,)), steerable
+    )
+    model.save(tmp_path / "model.safetensors")
+    trimesh.creation.cone(1.0, 3.0).export(tmp_path / "a.stl")
+    np.save(tmp_path / "b.npy", cloud(0))
+    for command in (["predict"], ["canonicalize", "--out", str(tmp_path / "out")]):
+        name, *options = command
+        files = [str(tmp_path / "a.stl"), str(tmp_path / "b.npy")]
+        assert main([name, str(tmp_path / "model.safetensors"), *files, *options]) == 1
+        assert "b.npy has no normals" in capsys.readouterr().err

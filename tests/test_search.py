@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import pointcanon as pc
-from pointcanon import checkpoint, rotations, testing
-from pointcanon.canonicalizers import PCA, Search, search
+from pointcanon import checkpoint, clouds, rotations, testing
+from pointcanon.canonicalizers import PCA, ForGroup, Search, search
 from pointcanon.energies import Entropy, FeatureDistance, FreeEnergy, MaxLogit
 from pointcanon.errors import CheckpointError, InputError
 from pointcanon.predictors import PointNet
@@ -85,7 +85,7 @@ def test_no_pose_ends_up_worse_than_the_grid_had_it() -> None:
     assert grid.count == 24
     assert (before <= 0).all()
     frames = module(points)
-    unit = search._unit_ball(points - points.mean(dim=1, keepdim=True), None)
+    unit = clouds.unit_ball(points - points.mean(dim=1, keepdim=True))
     after = module._energies(frames.rotations, unit, None)
     best = module._energies(grid.rotations[:, :4], unit, None)
     assert (after[:, 0] < best[:, 0]).all()
@@ -165,11 +165,35 @@ class Older(torch.autograd.Function):
 
 class Foreign(nn.Module):
     def forward(self, points: Tensor) -> Tensor:
-        return Older.apply(points).mean(dim=1)
+        # no two poses of a cloud are alike to it
+        return Older.apply(points).mean(dim=1) * torch.tensor([1.0, 2.0, 3.0]).to(points)
 
 
 def test_networks_with_operators_of_their_own_will_do() -> None:
     testing.assert_equivariant(Search(Foreign(), budget=36), generic(10, dtype=torch.float64))
+
+
+def test_without_a_network_it_asks_the_predictor_it_is_put_in_front_of(tmp_path: Path) -> None:
+    predictor, points = pointnet().eval(), generic(4)
+    expected = Search(predictor, budget=32)(points)
+    for nested in (lambda search: search, lambda search: ForGroup(search, "O2", 2)):
+        model = pc.Canonicalized(predictor, nested(Search(budget=32))).eval()
+        (search,) = (part for part in model.modules() if isinstance(part, Search))
+        assert torch.equal(search(points).rotations, expected.rotations)
+        assert not any(weight.requires_grad for weight in search.parameters())
+        model.save(tmp_path / "model.safetensors")
+        assert torch.equal(pc.load(tmp_path / "model.safetensors")(points), model(points))
+    other = pointnet()
+    kept = pc.Canonicalized(other, Search(predictor, budget=32)).canonicalizer
+    assert torch.equal(kept(points).rotations, expected.rotations)
+    with pytest.raises(InputError, match=r"no network to ask.*Canonicalized\(predictor, Search"):
+        Search()(points)
+
+
+def test_a_network_that_labels_points_is_refused() -> None:
+    network = pc.predictors.create("pointnet-parts", num_parts=3, num_categories=0).eval()
+    with pytest.raises(InputError, match="gives each cloud one answer"):
+        pc.Canonicalized(network, Search()).eval()(generic(2))
 
 
 def test_masks_reach_the_network() -> None:

@@ -1,4 +1,4 @@
-"""Part segmentation end to end: models, training, evaluation, pictures, the command line.
+"""Part segmentation end to end: models, training, evaluation, the command line.
 
 A cloud is a box; its class says along which axis it is cut into parts, and the predictor knows
 both. Four marked points tell the canonicalizer the pose exactly, so figures follow by hand.
@@ -6,10 +6,8 @@ both. Four marked points tell the canonicalizer the pose exactly, so figures fol
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +29,6 @@ from pointcanon.coordinates import coordinate_frame
 from pointcanon.datasets import UNLABELLED, CloudItem, PartDataset
 from pointcanon.errors import CheckpointError, InputError, UsageError
 from pointcanon.eval.evaluate import AGAIN_SEED, check_fit, evaluate
-from pointcanon.eval.part_pictures import OF_ANOTHER_CLASS, UNKNOWN, colour_of, part_gallery
 from pointcanon.eval.protocols import pose_rotations
 from pointcanon.eval.report import render, to_json
 from pointcanon.frames import Frames
@@ -362,55 +359,6 @@ def test_a_part_network_that_answers_nan_is_named() -> None:
         evaluate(Broken(), Boxes([0, 1]), "I/I")
 
 
-# pictures
-
-
-def test_colours_of_parts() -> None:
-    few = [colour_of(part, RANGES[1]) for part in RANGES[1]]
-    assert len(set(few)) == 3
-    assert colour_of(0, RANGES[1]) == OF_ANOTHER_CLASS
-    assert colour_of(UNLABELLED, RANGES[1]) == UNKNOWN
-    many = [colour_of(part, range(160)) for part in range(160)]
-    assert len(set(many)) > 150
-    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in few + many)
-
-
-def page_data(file: Path) -> dict[str, Any]:
-    text = file.read_text()
-    assert "http" not in text  # nothing is loaded from anywhere
-    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
-    assert found is not None
-    return json.loads(found[1])
-
-
-def int16(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype="<i2")
-
-
-def test_the_page_holds_the_clouds_and_what_was_found(tmp_path: Path) -> None:
-    boxes = Boxes([0, 1, 1])
-    boxes.mislabelled = {1: 20}
-    part_gallery(Canonicalized(Cutter(), Marked()), boxes, "I/SO3", tmp_path, count=3)
-    data = page_data(tmp_path / "parts.html")
-    assert data["parts"] == list(PARTS)
-    assert [cloud["title"] for cloud in data["clouds"]] == ["slab", "stack", "stack"]
-    for index, cloud in enumerate(data["clouds"]):
-        item = boxes[index]
-        assert int16(cloud["truth"]).tolist() == item["parts"].tolist()
-        assert int16(cloud["found"]).tolist() == truth_of(item["points"], item["label"]).tolist()
-        canonical = torch.from_numpy(int16(cloud["canonical"]).astype(np.float32)).view(-1, 3)
-        received = torch.from_numpy(int16(cloud["received"]).astype(np.float32)).view(-1, 3)
-        expected = item["points"] - item["points"].amin(dim=0)
-        shown = canonical - canonical.amin(dim=0)
-        torch.testing.assert_close(
-            shown / shown.norm(), expected / expected.norm(), atol=1e-3, rtol=0
-        )
-        assert (received - canonical).abs().max() > 1000
-    assert data["clouds"][1]["notes"][1] != "mIoU 100 %"
-    assert data["clouds"][0]["notes"][1] == "mIoU 100 %"
-    assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
-
-
 # training
 
 
@@ -506,7 +454,7 @@ def test_rna_behind_its_principal_axes(tmp_path: Path) -> None:
     found = json.loads(report.read_text())
     assert found["metrics"]["point_accuracy"] == pytest.approx(found["aligned"]["point_accuracy"])
     assert found["metrics"]["per_class"].keys() == {"5S rRNA"}
-    assert found["n"] == len(page_data(pictures / "parts.html")["clouds"]) == 5
+    assert found["n"] == (pictures / "report.html").read_text().count('class="scene"') == 5
 
 
 def test_all_points_with_normals_drawn_anew(shapenet: Path, tmp_path: Path) -> None:
@@ -646,7 +594,9 @@ def test_the_command_reports_writes_and_draws(parts: Path, tmp_path: Path) -> No
     found = json.loads(report.read_text())
     assert (found["n"], found["seeds"], found["restricted"]) == (20, [4, 5], True)
     assert set(found["metrics"]) >= {"instance_miou", "class_miou", "per_class"}
-    assert sorted(path.name for path in pictures.iterdir()) == ["parts.html", "parts.png"]
+    assert sorted(path.name for path in pictures.iterdir()) == [
+        *("curve.png", "gallery.png", "poses.png", "report.html")
+    ]
 
 
 SHAPES_DATA = ["--data.name=parametric-shapes", "--data.num_points=48", "--protocol=I/I"]

@@ -32,7 +32,8 @@ from pointcanon.errors import InputError
 from pointcanon.eval.audit import Audit, audit, meet
 from pointcanon.eval.protocols import pose_rotations, random_pose
 from pointcanon.losses import Refines, prior_loss, refinement_loss
-from pointcanon.model import Canonicalized
+from pointcanon.model import Canonicalized, Vote
+from pointcanon.predictors.base import TRAINED_ON
 from pointcanon.priors import Aligned, Mixture, Prior, Upright
 from pointcanon.rotations import product
 from pointcanon.train.data import EpochSampler
@@ -74,6 +75,10 @@ class Training:
     losses: tuple[tuple[int, float], ...]
 
 
+VOTE: Vote = "certainty"
+"""How several frames are joined, as in the recommended recipes."""
+
+
 class Adapted(Canonicalized):
     """What :func:`adapt` makes: the network behind its canonicalizer, and what became of it.
 
@@ -92,14 +97,14 @@ class Adapted(Canonicalized):
         report: Audit,
         history: Training,
     ) -> None:
-        super().__init__(predictor, canonicalizer)
+        super().__init__(predictor, canonicalizer, vote=VOTE)
         self.coordinate_frame = report.coordinate_frame
         self.report, self.history = report, history
 
     def save(self, path: str | Path, **card: Any) -> None:
         """Write the model, as :meth:`Canonicalized.save`, with the figures of its report."""
         plain = Canonicalized(self.predictor, self.canonicalizer, self.vote)
-        for name in ("coordinate_frame", "classes", "normalisation"):
+        for name in TRAINED_ON:
             setattr(plain, name, getattr(self, name))
         what = "accuracy" if self.report.labelled else "agreement"
         names = {"I": "upright", "z": "z", "SO3": "so3"}
@@ -206,7 +211,7 @@ def adapt(
     network.to(device)
     canonicalizer.to(device).eval()
     report = audit(
-        Canonicalized(network, canonicalizer),
+        Canonicalized(network, canonicalizer, VOTE),
         given.select(out),
         rotations=3,
         seed=seed,
@@ -218,13 +223,7 @@ def adapt(
 
 def recommended() -> Optimized:
     """The canonicalizer of the recommended recipes."""
-    return Optimized(
-        keep=10,
-        scorer_widths=(64, 128, 256),
-        scorer_points=128,
-        refiner_widths=(64, 128, 512),
-        refiner_points=256,
-    )
+    return Optimized(answers=5, looks=4)
 
 
 def usual_prior(frame: CoordinateFrame) -> Mixture:

@@ -12,12 +12,12 @@ from typing import Any
 import lightning
 import yaml
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from pointcanon.errors import DataError, PointcanonError, UsageError
-from pointcanon.train.callbacks import SaveBest
+from pointcanon.files import atomic_write
+from pointcanon.train.callbacks import Interrupted, Patience, SaveBest, SaveState, StateFile
 from pointcanon.train.data import Clouds
 from pointcanon.train.task import CloudTask
 
@@ -49,13 +49,33 @@ def find_recipe(name: str) -> Path:
 def _check_readable(path: Path) -> None:
     try:
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        size = _written_out(content)
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path} cannot be read as a recipe: {reason}") from error
+    if size > 10_000:
+        raise UsageError(
+            f"{path} is no recipe: with its aliases written out it has {size:,} values"
+        )
     if not isinstance(content, dict):
         raise UsageError(
             f"{path} holds no recipe: it must be YAML with the keys data, model and trainer"
         )
+
+
+def _written_out(content: object) -> int:
+    """Values in what YAML holds once its aliases are written out, without writing them out."""
+    known: dict[int, int] = {}
+
+    def size(value: object) -> int:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in known:
+            inner = value.values() if isinstance(value, dict) else value
+            known[id(value)] = 1 + sum(map(size, inner))  # one in itself recurses without end
+        return known[id(value)]
+
+    return size(content)
 
 
 NOT_FOR_USERS = (
@@ -65,7 +85,7 @@ NOT_FOR_USERS = (
     "does not have many workers",  # reading a cloud is cheap
     "The number of training batches",
     "Experiment logs directory .* exists",
-    "You are using `torch.load` with `weights_only=False`",  # a file of our own making
+    "You're resuming from a checkpoint that ended before the epoch ended",  # Clouds knows where
 )
 """Warnings of Lightning about what is meant to be so."""
 
@@ -86,6 +106,12 @@ class _CLI(LightningCLI):
             default=None,
             help="stop after so many validations without a better score",
         )
+        parser.add_argument(
+            "--save_interval",
+            type=float,
+            default=300.0,
+            help="seconds between states kept in last.ckpt amid an epoch; each epoch ends with one",
+        )
         parser.link_arguments("data.train_set", "model.dataset", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
@@ -96,22 +122,18 @@ class _CLI(LightningCLI):
         # the best model is written before the state, so that a resumed run knows what is on disk
         callbacks: list[lightning.Callback] = [
             SaveBest(self.folder, self.command),
-            ModelCheckpoint(
-                dirpath=self.folder,
-                filename="last",
-                every_n_epochs=1,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            ),
+            SaveState(self.folder / "last.ckpt", self.config.save_interval),
         ]
         if self.config.patience is not None:
             callbacks.append(
-                EarlyStopping(self.model.monitor, mode="max", patience=self.config.patience)
+                Patience(self.model.monitor, mode="max", patience=self.config.patience)
             )
         parsed: Any = self.config_init
         asked = parsed.trainer
         more = asked.callbacks or []
         kwargs["callbacks"] = callbacks + (more if isinstance(more, list) else [more])
+        more = asked.plugins or []
+        kwargs["plugins"] = [StateFile(), *(more if isinstance(more, list) else [more])]
         if asked.logger in (None, True):
             kwargs["logger"] = _loggers(self.folder)
         return super().instantiate_trainer(**kwargs)
@@ -131,6 +153,8 @@ def _check_folder(folder: Path, resume: bool) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            torn.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot write to {folder}: {error}") from error
 
@@ -175,20 +199,38 @@ def _train(arguments: list[str]) -> Path:
         )
     except ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from error
-    cli.parser.save(cli.config, cli.folder / "config.yaml", overwrite=True, skip_validation=True)
-    state = str(cli.folder / "last.ckpt") if cli.config.resume else None
+    state = cli.folder / "last.ckpt"
+    config = cli.parser.dump(cli.config, skip_validation=True)
     try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state, weights_only=False)
-    except SystemExit:  # Lightning's answer to Ctrl-C
-        raise PointcanonError(_interrupted(cli.folder, cli.command)) from None
+        atomic_write(cli.folder / "config.yaml", config)
+        cli.trainer.fit(
+            cli.model,
+            datamodule=cli.datamodule,
+            ckpt_path=str(state) if cli.config.resume else None,
+        )
+    except (Interrupted, SystemExit):  # the latter is Lightning's answer to Ctrl-C
+        raise PointcanonError(f"interrupted; {_left(state, cli.command)}") from None
+    except OSError as error:
+        raise DataError(f"{error}; {_left(state, cli.command)}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads data died ({_sentence(error)}), as happens where memory is "
+            f"short: choose fewer --data.num_workers; {_left(state, cli.command)}"
+        ) from error
     return cli.folder
 
 
-def _interrupted(folder: Path, command: str) -> str:
-    if not (folder / "last.ckpt").is_file():
-        return "interrupted in the first epoch; nothing was kept"
-    again = command if command.endswith(" --resume") else f"{command} --resume"
-    return f"interrupted; go on with: {again}"
+def _left(state: Path, command: str) -> str:
+    """What a training that ended early leaves, in words."""
+    if not state.is_file():
+        return "nothing was kept yet"
+    return f"go on with: {command if '--resume' in command.split() else f'{command} --resume'}"
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _resolve_recipe(argv: list[str]) -> list[str]:

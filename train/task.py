@@ -22,11 +22,19 @@ from pointcanon.errors import UsageError
 from pointcanon.eval.evaluate import check_fit
 from pointcanon.eval.metrics import InstanceIoU, PointAccuracy
 from pointcanon.eval.protocols import pose_rotations, protocol, random_pose
-from pointcanon.losses import Refines, prior_loss, refinement_loss
-from pointcanon.model import Canonicalized
+from pointcanon.frames import Frames
+from pointcanon.losses import (
+    Refines,
+    contrastive_loss,
+    matrix_fisher_loss,
+    prior_loss,
+    quotient_loss,
+    refinement_loss,
+)
+from pointcanon.model import Canonicalized, Vote
 from pointcanon.predictors import PartPredictor
 from pointcanon.priors import Prior
-from pointcanon.rotations import product
+from pointcanon.rotations import group, product
 
 __all__ = ["CloudTask", "find_predictor"]
 
@@ -72,7 +80,8 @@ class CloudTask(lightning.LightningModule):
     The loss is ``task_weight`` times the cross-entropy of the predictor on the canonical clouds, or
     on all their labelled points where it labels parts, plus ``prior_weight`` times the prior loss
     of the frames. Learned canonicalization has the first only, prior-regularised both; the second
-    alone never runs the predictor while training.
+    alone never runs the predictor while training. Further losses of the frames come in where their
+    weight is not zero.
 
     Args:
         predictor: A registered name, or the file of a checkpoint to start from. What it labels,
@@ -83,7 +92,15 @@ class CloudTask(lightning.LightningModule):
         prior_weight: Of the prior loss.
         outliers: Share of clouds whose pose the prior loss gives up on; for several candidates.
         refinement_weight: Of the refinement loss, for a canonicalizer that refines.
+        contrastive_weight: Of the contrastive loss, for ``Contrastive``.
+        matrix_fisher_weight: Of the matrix Fisher loss, for a canonicalizer that says how sure it
+            is, such as ``VectorNeuron(orthonormalise="matrix-fisher")``. It takes the pose of the
+            data for the canonical one, and needs no prior.
+        quotient_weight: Of the quotient loss, which takes the pose of the data for the canonical
+            one up to a finite group; of several candidates it looks at the first that is proposed.
+        quotient_group: That group: C<n>, T, O or I.
         task_weight: Of the cross-entropy.
+        vote: How the predictor's outputs in several frames are joined, as in ``Canonicalized``.
         protocol: Train and test poses, such as ``z/SO3``.
         augmentation: Of the clouds, before they are turned; or the name of one of
             :data:`pointcanon.datasets.augment.AUGMENTATIONS`.
@@ -108,7 +125,12 @@ class CloudTask(lightning.LightningModule):
         prior_weight: float = 1.0,
         outliers: float = 0.0,
         refinement_weight: float = 0.0,
+        contrastive_weight: float = 0.0,
+        matrix_fisher_weight: float = 0.0,
+        quotient_weight: float = 0.0,
+        quotient_group: str = "O",
         task_weight: float = 1.0,
+        vote: Vote = "probabilities",
         protocol: str = "I/SO3",
         augmentation: str | Augmentation = "none",
         label_smoothing: float = 0.0,
@@ -129,9 +151,11 @@ class CloudTask(lightning.LightningModule):
                 f"{predictor!r} is a new one: give a checkpoint with --model.predictor FILE"
             )
         network = find_predictor(predictor, dataset, predictor_options or {})
-        self.model = Canonicalized(network, canonicalizer or Identity())
+        self.model = Canonicalized(network, canonicalizer or Identity(), vote)
         check_fit(self.model, dataset)
         self.model.classes = tuple(dataset.classes)
+        if self.model.segments:
+            self.model.parts = tuple(dataset.parts)
         self.model.coordinate_frame = str(dataset.coordinate_frame)
         self.trained: Trained = trained
         if self.frozen is not None:
@@ -140,12 +164,16 @@ class CloudTask(lightning.LightningModule):
             raise UsageError(
                 f"nothing to train: the {trained} has no parameters; choose another canonicalizer"
             )
-        if prior is None and task_weight == 0:
+        weights = (task_weight, contrastive_weight, matrix_fisher_weight, quotient_weight)
+        if prior is None and not any(weights):
             raise UsageError("nothing to learn from: task_weight is 0 and there is no prior")
         if prior is None and isinstance(self.model.canonicalizer, Optimized):
             raise UsageError("Optimized learns which candidate is right from a prior: give one")
         self.prior, self.prior_weight, self.task_weight = prior, prior_weight, task_weight
         self.outliers, self.refinement_weight = outliers, refinement_weight
+        self.contrastive_weight = contrastive_weight
+        self.matrix_fisher_weight = matrix_fisher_weight
+        self.quotient_weight, self.quotient_group = quotient_weight, group(quotient_group)
         if refinement_weight > 0 and not (prior and hasattr(self.model.canonicalizer, "refine")):
             raise UsageError(
                 "refinement_weight needs a prior and a canonicalizer that refines (Optimized)"
@@ -191,12 +219,16 @@ class CloudTask(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # randomness is a function of the step, so a resumed run repeats an undisturbed one
-        torch.manual_seed(self._step_seed(batch_idx))
+        torch.manual_seed(self._step_seed(batch_idx) + 2 * self.global_rank)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(self._step_seed(batch_idx) + 1)
-        points = self.augmentation(batch["points"], generator)
-        turn = random_pose(self.protocol.train, len(points), self.up_axis, generator).to(points)
+        # drawn for the clouds of all processes: those of a cloud do not depend on their number
+        processes, count = self.trainer.world_size, len(batch["points"])
+        mine = slice(self.global_rank * count, (self.global_rank + 1) * count)
+        points = self.augmentation(batch["points"].repeat(processes, 1, 1), generator)[mine]
+        turns = random_pose(self.protocol.train, processes * count, self.up_axis, generator)
+        turn = turns[mine].to(points)
         loss = self._loss(_turned({**batch, "points": points}, turn), turn)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(points))
         return loss
@@ -237,17 +269,40 @@ class CloudTask(lightning.LightningModule):
             logits = self.model.predict_in(frames, *geometry, self._category(batch))
             task = _cross_entropy(logits, self._target(batch), self.label_smoothing)
             loss = loss + self.task_weight * task
+        return loss + self._pose_loss(frames, batch["points"], turn)
+
+    def _pose_loss(self, frames: Frames, points: Tensor, turn: Tensor) -> Tensor:
+        """What is asked of the frames, whatever the predictor makes of them."""
+        loss = turn.new_zeros(())
         if self.prior is not None:
             prior = prior_loss(frames, self.prior, turn, self.outliers)
             loss = loss + self.prior_weight * prior
         if self.prior is not None and self.refinement_weight > 0:
             canonicalizer = cast(Refines, self.model.canonicalizer)
-            refinement = refinement_loss(canonicalizer, batch["points"], self.prior, turn)
+            refinement = refinement_loss(canonicalizer, points, self.prior, turn)
             loss = loss + self.refinement_weight * refinement
+        if self.contrastive_weight > 0:
+            if frames.embeddings is None:
+                raise UsageError(
+                    "contrastive_weight needs a canonicalizer with embeddings (Contrastive)"
+                )
+            loss = loss + self.contrastive_weight * contrastive_loss(frames.embeddings)
+        if self.matrix_fisher_weight > 0:
+            if frames.fisher is None:
+                raise UsageError(
+                    "matrix_fisher_weight needs a canonicalizer that says how sure it is, such as "
+                    "VectorNeuron with orthonormalise: matrix-fisher"
+                )
+            fisher = matrix_fisher_loss(frames.fisher[:, 0], turn)
+            loss = loss + self.matrix_fisher_weight * fisher
+        if self.quotient_weight > 0:
+            first = (frames.stages or (frames,))[0].rotations[:, 0]
+            quotient = quotient_loss(first, self.quotient_group, turn)
+            loss = loss + self.quotient_weight * quotient
         return loss
 
     def _step_seed(self, batch_idx: int) -> int:
-        step = (self.current_epoch * 1_000_003 + batch_idx) * 1_009 + self.global_rank
+        step = (self.current_epoch * 1_000_003 + batch_idx) * 1_009
         return (self.seed * 7_368_787 + step) * 2 % (1 << 62)
 
     def configure_optimizers(self) -> Any:

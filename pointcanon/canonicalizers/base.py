@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pointcanon import clouds
-from pointcanon.errors import InputError
+from pointcanon import checkpoint, clouds
+from pointcanon.errors import CheckpointError, InputError
 from pointcanon.frames import Frames
+from pointcanon.portable import full_precision
 
-__all__ = ["Canonicalizer"]
+__all__ = ["MOST_POINTS", "Canonicalizer"]
+
+MOST_POINTS = 1 << 17
+"""A frame is found by looking at this many points of a larger cloud: what more of them say is lost
+in the noise, and their neighbourhoods take kilobytes each."""
 
 
 class Canonicalizer(nn.Module, ABC):
@@ -23,10 +31,17 @@ class Canonicalizer(nn.Module, ABC):
     origin; :meth:`forward` moves them back to the centroid.
     """
 
+    coordinate_frame: str | None = None
+    """Name of the frame in which canonical poses stand upright, of a trained one where known."""
+
     def forward(
         self, points: Tensor, mask: Tensor | None = None, normals: Tensor | None = None
     ) -> Frames:
         """Frames of each cloud.
+
+        Of a cloud of more than ``MOST_POINTS`` the centre is that of all, the rotations are those
+        of so many, spread evenly over their order: still exactly equivariant, but to the order of
+        the points no longer indifferent.
 
         Args:
             points: ``(B, N, 3)`` floating point, N >= 1.
@@ -43,15 +58,16 @@ class Canonicalizer(nn.Module, ABC):
         dtype = torch.promote_types(points.dtype, torch.float32)
         self._check_weights(dtype, points.device)
         points = points.to(dtype)
+        centre = clouds.centroid(points, mask)
+        points, mask, normals = clouds.spread(points, mask, normals, MOST_POINTS)
         if normals is not None:
             normals = normals.to(dtype)
-        centre = clouds.centroid(points, mask)
         centred = points - centre[:, None]
         if mask is not None:
             centred = torch.where(mask[..., None], centred, centred.new_zeros(()))
             if normals is not None:
                 normals = torch.where(mask[..., None], normals, normals.new_zeros(()))
-        with torch.autocast(points.device.type, enabled=False):
+        with full_precision(points):
             frames = self.propose(centred, mask, normals)
         stages = tuple(replace(stage, centre=centre) for stage in frames.stages)
         return replace(frames, centre=centre, stages=stages)
@@ -68,6 +84,62 @@ class Canonicalizer(nn.Module, ABC):
         if weight.device != device:
             raise InputError(f"points is on {device}, the canonicalizer on {weight.device}")
 
+    @property
+    def candidate_group(self) -> Tensor:
+        """``(G, 3, 3)``, the finite group in whose orbits the candidates come.
+
+        Candidates ``c G`` to ``c G + G - 1`` are some frame times each element, in this order. By
+        default it is the identity alone: nothing is known of how candidates hang together.
+        """
+        return torch.eye(3, dtype=torch.float64)[None]
+
+    def serve(self, predictor: nn.Module) -> None:
+        """Be put in front of a predictor: for those that ask it something, such as ``Search``.
+
+        :class:`pointcanon.model.Canonicalized` tells every canonicalizer it holds, nested or not.
+        """
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Its hyper-parameters, but for those that are modules, such as nested canonicalizers."""
+        all_of_them: Mapping[str, object] = getattr(self, "hyperparameters", {})
+        return {name: value for name, value in all_of_them.items() if not _holds_modules(value)}
+
+    def with_options(self, /, **changes: Any) -> Canonicalizer:
+        """A copy with other options and the same weights.
+
+        For options that can be changed without training, such as ``looks``, ``answers`` and
+        ``gate`` of ``Optimized``. Nested canonicalizers stay as they are; nothing is shared.
+
+        Args:
+            **changes: Some of :attr:`options`.
+
+        Raises:
+            InputError: If there is no such option, it cannot have that value, or the weights do not
+                fit any more.
+        """
+        name, known = type(self).__name__, self.options
+        unknown = next((option for option in changes if option not in known), None)
+        if unknown is not None:
+            raise InputError(
+                f"{name} has no option {unknown!r}; it has: {', '.join(known) or 'none'}"
+            )
+        original = copy.deepcopy(self)
+        state = original.state_dict()
+        changed = type(self)(**{**getattr(original, "hyperparameters", {}), **changes})
+        try:
+            checkpoint.check_fit(changed.state_dict(), state, f"{name} with {changes}")
+        except CheckpointError as error:
+            raise InputError(f"{error}; that takes a training of its own") from error
+        changed.load_state_dict(state, assign=True)  # in the dtype that they have
+        weight = next(self.parameters(), torch.empty(0))
+        return changed.to(weight.device).train(self.training)
+
     @abstractmethod
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         """Frames about the origin of checked, centred clouds ``(B, N, 3)``."""
+
+
+def _holds_modules(value: object) -> bool:
+    parts = value if isinstance(value, list | tuple) else (value,)
+    return any(isinstance(part, nn.Module) for part in parts)

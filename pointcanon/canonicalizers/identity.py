@@ -27,4 +27,4 @@ class Identity(Canonicalizer):
 
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         eye = torch.eye(3, dtype=points.dtype, device=points.device)
-        return Frames.of(eye.expand(len(points), 3, 3))
+        return Frames.of(eye.expand(points.shape[0], 3, 3))

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pointcanon import clouds, neighbors, rotations
+from pointcanon import clouds, neighbors, portable, rotations
 from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.canonicalizers.pca import PCA
 from pointcanon.errors import InputError
@@ -36,7 +36,8 @@ class Manhattan(Canonicalizer):
     kurtosis-based independent component analysis (Hyvarinen & Oja 1997). It starts from fixed
     rotations of the principal axes, so the frame is exactly equivariant on generic clouds. The
     measure is the same for all 24 rotations of the cube: the one nearest to the principal axes
-    comes first, the others follow in a fixed order.
+    comes first, the others follow in a fixed order. A normal counts in proportion to its length;
+    estimated ones are as long as the surface is flat.
 
     Args:
         poses: 1 or 24 (a scorer such as that of ``Optimized`` can choose among the 24).
@@ -67,6 +68,10 @@ class Manhattan(Canonicalizer):
     def hyperparameters(self) -> dict[str, object]:
         return {"poses": self.poses, "k": self.k, "steps": self.steps}
 
+    @property
+    def candidate_group(self) -> Tensor:
+        return self.cube[: self.poses]
+
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         axes = self.axes.propose(points, mask, normals)
         principal = axes.rotations[:, 0]
@@ -74,42 +79,47 @@ class Manhattan(Canonicalizer):
             # everything below happens in the invariant pose, so that a tie is broken the same way
             posed = product(clouds.unit_scale(points, mask), principal)
             if normals is None:
-                normals, planar = surface_normals(posed, self.k, mask)
+                normals = surface_normals(posed, self.k, mask)
             else:
-                normals, planar = product(normals, principal), torch.ones_like(posed[..., 0])
-                if mask is not None:
-                    planar = planar * mask
-            aligned = self._align(normals, planar)
+                normals = product(normals, principal)
+            aligned = self._align(normals)
             aligned = _nearest_to_identity(aligned, self.cube.to(aligned))
             turns = aligned[:, None] @ self.cube.to(aligned)[: self.poses]
         return Frames.of(product(principal[:, None], turns), degenerate=axes.degenerate)
 
-    def _align(self, normals: Tensor, weights: Tensor) -> Tensor:
+    def _align(self, normals: Tensor) -> Tensor:
         """The best local maximum ``(B, 3, 3)`` of the alignment, over all starts."""
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-12)
-        starts = self.starts.to(normals).expand(len(normals), -1, -1, -1)
+        lengths = normals.norm(dim=-1)
+        normals = normals / lengths.clamp_min(1e-12)[..., None]
+        weights = lengths / lengths.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        starts = self.starts.to(normals).expand(normals.shape[0], -1, -1, -1)
         frames, alignment = _ascend(normals, weights, starts, self.steps)
         # several starts reach one maximum: the first of them, whatever the rounding, goes on alone
         best = (alignment >= alignment.amax(dim=1, keepdim=True) - TIE).int().argmax(dim=1)
-        chosen = frames[torch.arange(len(frames), device=frames.device), best][:, None]
+        chosen = frames[torch.arange(frames.shape[0], device=frames.device), best][:, None]
         return _ascend(normals, weights, chosen, 2 * self.steps)[0][:, 0]
 
 
 def _ascend(normals: Tensor, weights: Tensor, frames: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Frames after so many steps from ``(B, S, 3, 3)``, and their alignment ``(B, S)``."""
     weighted = (weights[..., None] * normals).mT
-    for _ in range(steps):
+
+    def step(carry: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        (frames,) = carry
         # all starts side by side, (B, N, 3 S): two matrix products a step
         along = normals @ frames.transpose(1, 2).flatten(2)
         pull = (weighted @ along**3).unflatten(2, (-1, 3)).transpose(1, 2)
         frames = rotations.svd_project(pull + 1e-6 * frames)
+        return (frames,), frames
+
+    (frames,), _ = portable.repeat(step, (frames,), steps)
     along = normals @ frames.transpose(1, 2).flatten(2)
     alignment = torch.einsum("bn,bnc->bc", weights, along**4)
     return frames, alignment.unflatten(1, (-1, 3)).sum(dim=2)
 
 
-def surface_normals(points: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Normals of the surface a cloud was sampled from, up to sign, and how flat it is there.
+def surface_normals(points: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+    """Normals of the surface a cloud was sampled from, up to sign, as long as it is flat there.
 
     Args:
         points: ``(B, N, 3)``.
@@ -117,19 +127,19 @@ def surface_normals(points: Tensor, k: int, mask: Tensor | None = None) -> tuple
         mask: ``(B, N)`` bool, True = a real point.
 
     Returns:
-        Unit normals ``(B, N, 3)`` and the planarity ``(l1 - l0) / l2`` in [0, 1] of each
+        ``(B, N, 3)``, whose length is the planarity ``(l1 - l0) / l2`` in [0, 1] of the
         neighbourhood, from the eigenvalues l0 <= l1 <= l2 of its covariance; zero at padding.
     """
     index = neighbors.knn(points, k, mask)
-    batch = torch.arange(len(points), device=points.device)[:, None, None]
+    batch = torch.arange(points.shape[0], device=points.device)[:, None, None]
     near = points[batch, index]
     near = near - near.mean(dim=2, keepdim=True)
-    values, vectors = torch.linalg.eigh(near.mT @ near)
+    values, vectors = portable.eigh(near.mT @ near)
     tiny = torch.finfo(points.dtype).tiny
     planarity = ((values[..., 1] - values[..., 0]) / values[..., 2].clamp_min(tiny)).clamp(0, 1)
     if mask is not None:
         planarity = planarity * mask
-    return vectors[..., 0], planarity
+    return vectors[..., 0] * planarity[..., None]
 
 
 def _nearest_to_identity(frames: Tensor, cube: Tensor) -> Tensor:

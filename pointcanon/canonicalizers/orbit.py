@@ -63,8 +63,12 @@ class Orbit(Canonicalizer):
     def hyperparameters(self) -> dict[str, object]:
         return {"canonicalizer": self.canonicalizer, "group": self.group, "axis": self.axis}
 
+    @property
+    def candidate_group(self) -> Tensor:
+        return self.elements
+
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         frames = self.canonicalizer.propose(points, mask, normals)
         elements = self.elements.to(frames.rotations)
-        count = len(points) * frames.count
+        count = points.shape[0] * frames.count
         return frames.compose(Frames.of(elements.expand(count, *elements.shape)))

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pointcanon import clouds, rotations
+from pointcanon import clouds, portable, rotations
 from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
@@ -85,11 +85,16 @@ class PCA(Canonicalizer):
     def hyperparameters(self) -> dict[str, object]:
         return {"poses": self.poses, "weighting": self.weighting}
 
+    @property
+    def candidate_group(self) -> Tensor:
+        families = self.elements.split(self.sizes)
+        return families[0] if len(set(self.sizes)) == 1 else super().candidate_group
+
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         # moments in float64: the axes are as exact as the coordinates allow
         exact = clouds.unit_scale(points.detach().to(torch.float64), mask)
         covariance = exact.mT @ exact
-        eigenvalues, axes = torch.linalg.eigh(covariance)
+        eigenvalues, axes = portable.eigh(covariance)
         eigenvalues, axes = eigenvalues.flip(-1), axes.flip(-1)
         along = exact @ axes
         skewness = along.pow(3).sum(dim=1)
@@ -154,5 +159,7 @@ def _fourfold(along: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     in_plane = (x.square() + y.square()).square().sum(dim=1)
     in_space = along.square().sum(dim=2).square().sum(dim=1)
     most = torch.maximum(in_plane, FLATNESS * in_space)
-    size = torch.hypot(real, imaginary) / torch.where(most > 0, most, torch.ones_like(most))
+    size = (real.square() + imaginary.square()).sqrt() / torch.where(
+        most > 0, most, torch.ones_like(most)
+    )
     return torch.atan2(imaginary, real) / 4, size

@@ -43,7 +43,8 @@ class Search(Canonicalizer):
         network: From clouds ``(M, N, 3)``, centred and in the unit ball, to outputs ``(M, C)``;
             ``mask`` is handed on, as a keyword, when it is given. The search keeps a frozen copy,
             in evaluation mode, and leaves the original alone. A checkpoint therefore holds the
-            network once more than the model that uses it.
+            network once more than the model that uses it. None takes the predictor that the search
+            is put in front of: ``Canonicalized(predictor, Search())``.
         energy: From outputs ``(M, C)`` to ``(M,)`` (:mod:`pointcanon.energies`); the default is
             ``FreeEnergy()``.
         budget: Forward passes of the network for each cloud: half for the grid, the rest, with as
@@ -64,7 +65,7 @@ class Search(Canonicalizer):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | None = None,
         energy: nn.Module | None = None,
         budget: int = 128,
         proposal: Canonicalizer | None = None,
@@ -74,16 +75,14 @@ class Search(Canonicalizer):
     ) -> None:
         super().__init__()
         for name, module in (("network", network), ("energy", energy)):
-            if not isinstance(module, nn.Module) and (module is not None or name == "network"):
+            if module is not None and not isinstance(module, nn.Module):
                 raise InputError(f"{name} is a {type(module).__name__}; pass a torch.nn.Module")
         for name, value in (("budget", budget), ("keep", keep)):
             if value < 1:
                 raise InputError(f"{name} is {value}; choose at least 1")
         if not temperature > 0:
             raise InputError(f"temperature is {temperature}; choose a positive number")
-        # tensors made in inference mode could never be differentiated through
-        with torch.inference_mode(False):
-            self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.network = None if network is None else _frozen_copy(network)
         self.energy = FreeEnergy() if energy is None else energy
         self.proposal = PCA(24) if proposal is None else proposal
         self.budget, self.keep, self.temperature, self.gate = budget, keep, temperature, gate
@@ -95,8 +94,13 @@ class Search(Canonicalizer):
 
     def train(self, mode: bool = True) -> Search:
         super().train(mode)
-        self.network.eval()
+        if self.network is not None:
+            self.network.eval()
         return self
+
+    def serve(self, predictor: nn.Module) -> None:
+        if self.network is None:
+            self.network = _frozen_copy(predictor)
 
     def calibrate(
         self, points: Tensor, quantile: float = 0.95, mask: Tensor | None = None
@@ -116,11 +120,11 @@ class Search(Canonicalizer):
             raise InputError(f"quantile is {quantile}; choose a share from 0 to 1")
         points = points.to(torch.promote_types(points.dtype, torch.float32))
         centred = points - clouds.centroid(points, mask)[:, None]
-        energies = self._energies(_identity(points), _unit_ball(centred, mask), mask)
+        energies = self._energies(_identity(points), clouds.unit_ball(centred.detach(), mask), mask)
         return float(energies.quantile(quantile))
 
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
-        unit = _unit_ball(points, mask)
+        unit = clouds.unit_ball(points.detach(), mask)
         proposals = self.proposal.propose(points, mask, normals)
         poses = self._grid(proposals)
         energies = self._energies(poses, unit, mask)
@@ -202,7 +206,17 @@ class Search(Canonicalizer):
         return seen.view(*poses.shape[:2], seen.shape[1])
 
     def _energy(self, posed: Tensor, mask: Tensor | None) -> Tensor:
+        if self.network is None:
+            raise InputError(
+                "this Search has no network to ask: give one, or put it in front of a predictor, "
+                "Canonicalized(predictor, Search())"
+            )
         outputs = self.network(posed) if mask is None else self.network(posed, mask=mask)
+        if outputs.ndim != 2:
+            raise InputError(
+                f"the network answers {tuple(outputs.shape)} to {tuple(posed.shape)}; Search needs "
+                "one that gives each cloud one answer (M, C)"
+            )
         return self.energy(outputs)[:, None]
 
     def _energy_and_slope(self, posed: Tensor, mask: Tensor | None) -> Tensor:
@@ -226,8 +240,7 @@ def _identity(points: Tensor) -> Tensor:
     return torch.eye(3, dtype=points.dtype, device=points.device).expand(len(points), 1, 3, 3)
 
 
-def _unit_ball(points: Tensor, mask: Tensor | None) -> Tensor:
-    """Centred clouds divided by their largest norm, whatever their size."""
-    points = clouds.unit_scale(points.detach(), mask)
-    size = clouds.radius(points)[:, None, None]
-    return points / torch.where(size > 0, size, torch.ones_like(size))
+def _frozen_copy(network: nn.Module) -> nn.Module:
+    # tensors made in inference mode could never be differentiated through
+    with torch.inference_mode(False):
+        return copy.deepcopy(network).requires_grad_(False).eval()

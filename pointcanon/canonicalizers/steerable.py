@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from pointcanon import clouds, neighbors, rotations
 from pointcanon.canonicalizers.base import Canonicalizer
+from pointcanon.canonicalizers.vector_neuron import Orthonormalise
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
 from pointcanon.layers import steerable
@@ -39,10 +40,10 @@ class Steerable(Canonicalizer):
     Parity. A frame with det = +1 cannot commute with reflections. With ``mirror=False`` its vectors
     are sums of polar (1o) and axial (1e) ones, the network tells a cloud from its mirror image, and
     their frames have nothing to do with each other. With ``mirror=True`` the first two vectors are
-    purely polar and the third, which only ``"svd"`` has, purely axial. Then, in evaluation and for
-    every reflection S, ``R(S x) = S R(x) diag(1, 1, -1)``: the pose of the mirror image is the
-    mirror image of the pose in the plane z = 0. A cloud that is its own mirror image then has its
-    plane of symmetry there, so do not train with a prior for a pose that has it elsewhere.
+    purely polar and the third, which ``"gram-schmidt"`` has not, purely axial. Then, in evaluation
+    and for every reflection S, ``R(S x) = S R(x) diag(1, 1, -1)``: the pose of the mirror image is
+    the mirror image of the pose in the plane z = 0. A cloud that is its own mirror image then has
+    its plane of symmetry there, so do not train with a prior for a pose that has it elsewhere.
 
     Args:
         lmax: Highest degree of the tensors.
@@ -52,8 +53,8 @@ class Steerable(Canonicalizer):
         num_points: The network looks at this many farthest points of larger clouds, with their
             neighbours among all; None for every point. The chosen points do not depend on order or
             pose, but they can hide an exact symmetry of the full cloud.
-        orthonormalise: ``"gram-schmidt"`` of two vectors with a cross product, or ``"svd"``: the
-            rotation nearest to three.
+        orthonormalise: ``"gram-schmidt"`` of two vectors with a cross product, ``"svd"``: the
+            rotation nearest to three, or ``"matrix-fisher"``, as for ``VectorNeuron``.
         mirror: Whether mirror images are posed as mirror images, at twice the cost.
         normals: Whether the network takes the normals of the points it looks at.
         dropout: Probability of dropping a whole tensor in each layer, in training.
@@ -69,7 +70,7 @@ class Steerable(Canonicalizer):
         layers: int = 3,
         k: int = 20,
         num_points: int | None = 256,
-        orthonormalise: Literal["gram-schmidt", "svd"] = "gram-schmidt",
+        orthonormalise: Orthonormalise = "gram-schmidt",
         mirror: bool = False,
         normals: bool = False,
         dropout: float = 0.0,
@@ -84,13 +85,14 @@ class Steerable(Canonicalizer):
         ):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; choose at least {least}")
-        if orthonormalise not in ("gram-schmidt", "svd"):
+        if orthonormalise not in get_args(Orthonormalise):
             raise InputError(
-                f"unknown orthonormalisation {orthonormalise!r}; choose 'gram-schmidt' or 'svd'"
+                f"unknown orthonormalisation {orthonormalise!r}; choose one of: "
+                f"{', '.join(get_args(Orthonormalise))}"
             )
         self.lmax, self.channels, self.layers = lmax, channels, layers
         self.k, self.num_points = k, num_points
-        self.orthonormalise: Literal["gram-schmidt", "svd"] = orthonormalise
+        self.orthonormalise: Orthonormalise = orthonormalise
         self.mirror, self.normals, self.dropout = mirror, normals, dropout
         self.columns = 2 if orthonormalise == "gram-schmidt" else 3
         self.harmonics = steerable.SolidHarmonics(lmax)
@@ -129,7 +131,9 @@ class Steerable(Canonicalizer):
         else:
             frame = rotations.svd_project(raw)
         degenerate = rotations.near_singular(raw, size, self.columns) | clouds.collinear(points)
-        return Frames.of(frame, degenerate=degenerate, raw=raw[:, None])
+        raw = raw[:, None]
+        fisher = raw if self.orthonormalise == "matrix-fisher" else None
+        return Frames.of(frame, degenerate=degenerate, raw=raw, fisher=fisher)
 
     def _surroundings(self, points: Tensor, centres: Tensor, mask: Tensor | None) -> Tensor:
         """Harmonic moments of the neighbours of each centre, ``(D, RADIAL, B, M)``."""

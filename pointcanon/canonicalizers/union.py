@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,12 @@ class Union(Canonicalizer):
     @property
     def hyperparameters(self) -> dict[str, object]:
         return {"parts": list(self.parts)}
+
+    @property
+    def candidate_group(self) -> Tensor:
+        first, *others = [cast(Canonicalizer, part).candidate_group for part in self.parts]
+        same = all(first.shape == other.shape and torch.equal(first, other) for other in others)
+        return first if same else super().candidate_group
 
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         found = [part.propose(points, mask, normals) for part in self.parts]  # type: ignore[operator]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,12 @@ from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
 from pointcanon.layers import vector_neurons as vn
+from pointcanon.portable import exporting
 
-__all__ = ["VectorNeuron"]
+__all__ = ["Orthonormalise", "VectorNeuron"]
+
+Orthonormalise = Literal["gram-schmidt", "svd", "matrix-fisher"]
+"""How vectors that turn with the cloud are made a rotation."""
 
 
 class VectorNeuron(Canonicalizer):
@@ -34,8 +38,10 @@ class VectorNeuron(Canonicalizer):
         num_points: Reduce larger clouds to this many farthest points. The chosen points do not
             depend on order or pose, but they can hide an exact symmetry of the full cloud.
         orthonormalise: ``"gram-schmidt"`` of two vectors with a cross product, or ``"svd"``: the
-            rotation nearest to three. Trained with :func:`pointcanon.losses.matrix_fisher_loss`,
-            the three (``frames.raw``) say how sure the frame is (``priors.confidence``).
+            rotation nearest to three. ``"matrix-fisher"`` is the same, and takes the three for the
+            parameter of a matrix Fisher distribution (``frames.fisher``), for training with
+            :func:`pointcanon.losses.matrix_fisher_loss`: they then say how sure the frame is too
+            (``frames.confidence``).
         normals: Whether the network takes normals as a second vector of each point.
         dropout: Probability of dropping a whole vector before the last layer, in training.
 
@@ -48,16 +54,17 @@ class VectorNeuron(Canonicalizer):
         size: Literal["small", "large"] = "small",
         k: int = 20,
         num_points: int | None = None,
-        orthonormalise: Literal["gram-schmidt", "svd"] = "gram-schmidt",
+        orthonormalise: Orthonormalise = "gram-schmidt",
         normals: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if size not in _NETWORKS:
             raise InputError(f"unknown size {size!r}; choose one of: {', '.join(_NETWORKS)}")
-        if orthonormalise not in ("gram-schmidt", "svd"):
+        if orthonormalise not in get_args(Orthonormalise):
             raise InputError(
-                f"unknown orthonormalisation {orthonormalise!r}; choose 'gram-schmidt' or 'svd'"
+                f"unknown orthonormalisation {orthonormalise!r}; choose one of: "
+                f"{', '.join(get_args(Orthonormalise))}"
             )
         if k < 2:
             raise InputError(f"k is {k}; a point counts as its own neighbour, so choose k >= 2")
@@ -66,7 +73,7 @@ class VectorNeuron(Canonicalizer):
         self.size: Literal["small", "large"] = size
         self.k = k
         self.num_points = num_points
-        self.orthonormalise: Literal["gram-schmidt", "svd"] = orthonormalise
+        self.orthonormalise: Orthonormalise = orthonormalise
         self.normals = normals
         self.dropout = dropout
         self.columns = 2 if orthonormalise == "gram-schmidt" else 3
@@ -80,7 +87,9 @@ class VectorNeuron(Canonicalizer):
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         if self.normals and normals is None:
             raise InputError("this canonicalizer was built with normals=True: pass normals too")
-        if self.num_points is not None and points.shape[1] > self.num_points:
+        if self.num_points is not None and (exporting() or points.shape[1] > self.num_points):
+            if mask is None and exporting():  # smaller clouds, which repeat points, are not known
+                mask = torch.ones_like(points[..., 0], dtype=torch.bool)
             points, mask, normals = _thin(points, mask, normals, self.num_points)
         points = clouds.unit_scale(clouds.recentre(points, mask), mask)
         index, weights = _neighborhoods(points, self.k, mask)
@@ -96,7 +105,9 @@ class VectorNeuron(Canonicalizer):
         else:
             frame = rotations.svd_project(raw)
         degenerate = rotations.near_singular(raw, size, self.columns) | clouds.collinear(points)
-        return Frames.of(frame, degenerate=degenerate, raw=raw[:, None])
+        raw = raw[:, None]
+        fisher = raw if self.orthonormalise == "matrix-fisher" else None
+        return Frames.of(frame, degenerate=degenerate, raw=raw, fisher=fisher)
 
 
 class _Small(nn.Module):

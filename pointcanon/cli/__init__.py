@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "predict": ("predict", "labels, confidence and pose of clouds in files"),
     "canonicalize": ("canonicalize", "write clouds in canonical pose"),
     "data": ("data", "say what is at a data root, in which layout and frame"),
+    "export": ("export", "write a program that runs without pointcanon: ONNX, torch.export"),
     "info": ("info", "print the card inside a checkpoint"),
 }
 """Command: its module in this package, and what it does."""
@@ -38,10 +40,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}; choose one of: {', '.join(COMMANDS)}")
-        return import_module(f"pointcanon.cli.{COMMANDS[command][0]}").run(rest)
+        status: int = import_module(f"pointcanon.cli.{COMMANDS[command][0]}").run(rest)
+        sys.stdout.flush()
+        return status
     except PointcanonError as error:
         print(f"pointcanon: {_reason(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # who reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("pointcanon: interrupted", file=sys.stderr)
         return 1
@@ -50,10 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 def _reason(error: PointcanonError) -> str:
     """The message; a process that loads data wraps its own in a traceback."""
     text = str(error).strip()
-    if "\nOriginal Traceback" not in text:
-        return text
-    kind = type(error)
-    return text.splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+    if "\nOriginal Traceback" in text:
+        kind = type(error)
+        text = text.splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+    # names in files may hold what a terminal takes for commands
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _usage() -> str:

@@ -23,8 +23,9 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
 
     from pointcanon import checkpoint
+    from pointcanon.cli.given import open_clouds
     from pointcanon.cli.networks import open_network
-    from pointcanon.cli.options import DataOptions, parse, pick_device
+    from pointcanon.cli.options import parse, pick_device
     from pointcanon.eval.audit import meet
     from pointcanon.files import atomic_write, require_writable
     from pointcanon.model import Canonicalized
@@ -39,7 +40,7 @@ def run(argv: list[str]) -> int:
     network = open_network(options.network)
     if isinstance(network, Canonicalized):
         network = network.predictor
-    dataset = DataOptions(**options.data.as_dict()).open()
+    dataset = open_clouds(options, network, num_workers=options.num_workers)
     predictor, _ = meet(network, dataset)
     checkpoint.describe(predictor)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +73,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-    from pointcanon.cli.options import DataOptions
+    from pointcanon.cli.given import add_clouds
 
     parser = ArgumentParser(
         prog="pointcanon adapt",
@@ -86,7 +87,7 @@ def _parser() -> ArgumentParser:
         help="a checkpoint, ours or public; or import.path:name of a torch module, or of a "
         "function that makes one (its class must be registered, so that it can be saved)",
     )
-    parser.add_class_arguments(DataOptions, "data")
+    add_clouds(parser)
     parser.set_defaults({"data.split": "train"})
     parser.add_argument("--out", type=Path, required=True, help="of the model: FILE.safetensors")
     parser.add_argument("--minutes", type=PositiveFloat, default=None, help="of training, at most")

@@ -11,8 +11,6 @@ from pointcanon.errors import UsageError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from pointcanon.canonicalizers import Canonicalizer
-
 __all__ = ["run"]
 
 
@@ -25,12 +23,14 @@ def run(argv: list[str]) -> int:
     import torch
     from rich.console import Console
 
+    from pointcanon.cli.given import open_clouds
     from pointcanon.cli.networks import open_network
-    from pointcanon.cli.options import DataOptions, parse, pick_device
+    from pointcanon.cli.options import open_canonicalizer, parse, pick_device, with_options
     from pointcanon.datasets.given import GivenClouds
     from pointcanon.eval.audit import audit
     from pointcanon.eval.audit_pictures import curve, worst_gallery
     from pointcanon.files import atomic_write, require_writable
+    from pointcanon.model import Canonicalized
 
     parser = _parser()
     options = parse(parser, argv)
@@ -43,8 +43,18 @@ def run(argv: list[str]) -> int:
     if folder is not None:
         require_writable(folder / "curve.png")
     network = open_network(options.network)
-    canonicalizer = _canonicalizer(options.canonicalizer)
-    dataset = DataOptions(**options.data.as_dict()).open()
+    canonicalizer = network.canonicalizer if isinstance(network, Canonicalized) else None
+    if options.canonicalizer:
+        canonicalizer = open_canonicalizer(options.canonicalizer)
+    if canonicalizer is not None:
+        canonicalizer = with_options(canonicalizer, options.canonicalizer_options)
+    elif options.canonicalizer_options:
+        raise UsageError(
+            f"--canonicalizer_options: {options.network} has no canonicalizer; give --canonicalizer"
+        )
+    dataset = open_clouds(
+        options, network, canonicalizer, num_workers=options.num_workers, limit=options.limit
+    )
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = audit(
         network,
@@ -59,6 +69,10 @@ def run(argv: list[str]) -> int:
         progress=True,
     )
     found.render(Console())
+    for worst in found.judged.worst[:3]:
+        change = "" if worst.turned is None else f": {worst.upright} becomes {worst.turned}"
+        place = worst.source or f"cloud {worst.index}"
+        print(f"changes most: {place}{change}, stays for {100 * worst.agreement:.0f} %")
     if file is not None:
         atomic_write(file, found.to_json() + "\n")
     if folder is not None:
@@ -78,34 +92,12 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _canonicalizer(name: str | None) -> Canonicalizer | None:
-    """By its name where it needs no training, or the one in a checkpoint."""
-    from pointcanon.canonicalizers import CANONICALIZERS
-    from pointcanon.cli.options import open_checkpoint
-    from pointcanon.model import Canonicalized
-
-    if name is None:
-        return None
-    if Path(name).exists():
-        model = open_checkpoint(name)
-        if not isinstance(model, Canonicalized):
-            raise UsageError(f"--canonicalizer {name} holds a predictor and no canonicalizer")
-        return model.canonicalizer
-    if name not in UNTRAINED:
-        known = ", ".join(UNTRAINED)
-        raise UsageError(f"--canonicalizer {name!r} is neither a checkpoint nor one of: {known}")
-    return CANONICALIZERS[name]()
-
-
-UNTRAINED = ("PCA", "Manhattan")
-"""Canonicalizers that have nothing to learn."""
-
-
 def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-    from pointcanon.cli.options import DataOptions, add_computing
+    from pointcanon.cli.given import add_clouds
+    from pointcanon.cli.options import add_canonicalizer, add_computing
 
     parser = ArgumentParser(
         prog="pointcanon audit",
@@ -119,13 +111,8 @@ def _parser() -> ArgumentParser:
         help="a checkpoint, ours or public; or import.path:name of a torch module, of a function "
         "from clouds (B, N, 3) to logits, or of one that makes a network when called",
     )
-    parser.add_class_arguments(DataOptions, "data")
-    parser.add_argument(
-        "--canonicalizer",
-        type=str | None,
-        default=None,
-        help=f"put it in front, to compare: a checkpoint that has one, {' or '.join(UNTRAINED)}",
-    )
+    add_clouds(parser)
+    add_canonicalizer(parser, "in front of the network, to compare")
     parser.add_argument(
         "--rotations", type=PositiveInt, default=8, help="of each cloud, of either kind"
     )

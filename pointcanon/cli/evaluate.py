@@ -19,19 +19,21 @@ def run(argv: list[str]) -> int:
     Raises:
         PointcanonError: On arguments, files or data that cannot be used.
     """
+    from functools import partial
+
     import torch
     from rich.console import Console
 
     from pointcanon.canonicalizers import Identity
-    from pointcanon.cli.options import DataOptions, open_checkpoint, parse, pick_device
-    from pointcanon.datasets import PartDataset
+    from pointcanon.cli.options import DataOptions, open_model, parse, pick_device
+    from pointcanon.cli.streaming import Share
+    from pointcanon.eval import corruptions
+    from pointcanon.eval.corruption_pictures import corruption_curves
     from pointcanon.eval.evaluate import evaluate
-    from pointcanon.eval.part_pictures import part_gallery
-    from pointcanon.eval.pictures import canonical_gallery
+    from pointcanon.eval.page import write_pictures
     from pointcanon.eval.protocols import protocol
     from pointcanon.eval.report import render, write_json
     from pointcanon.files import require_writable
-    from pointcanon.model import Canonicalized
 
     parser = _parser()
     options = parse(parser, argv)
@@ -40,22 +42,30 @@ def run(argv: list[str]) -> int:
     file = None if options.json is None else require_writable(options.json)
     folder = options.pictures
     if folder is not None:
-        require_writable(folder / "gallery.png")
+        require_writable(folder / "report.html")
     seeds = _seeds(options.seeds)
 
-    model = open_checkpoint(options.checkpoint)
-    if not isinstance(model, Canonicalized):
-        model = Canonicalized(model, Identity())
-    elif options.bare:
+    given = (options.canonicalizer, options.canonicalizer_options)
+    if options.bare and any(given):
+        raise UsageError(
+            "--bare leaves the canonicalizer out: leave out --canonicalizer and its options, or "
+            "--bare"
+        )
+    model = open_model(options.checkpoint, *given)
+    if options.bare:
         model.canonicalizer = Identity()
     if options.max_points is not None and not model.segments:
         raise UsageError("--max_points is for networks that label parts: leave it out")
     dataset = DataOptions(**options.data.as_dict()).open()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    evaluation = evaluate(
+    names = options.corruptions and corruptions.corruption_names(options.corruptions, dataset)
+    if names and model.segments:
+        raise UsageError("--corruptions is for classifiers: leave it out")
+    share = Share.from_environment()
+    device = options.device or (f"cuda:{share.local_rank}" if torch.cuda.is_available() else "cpu")
+    measure = partial(
+        evaluate,
         model,
-        dataset,
-        chosen,
+        protocol=chosen,
         seeds=seeds,
         batch_size=options.batch_size,
         device=pick_device(device),
@@ -63,25 +73,42 @@ def run(argv: list[str]) -> int:
         limit=options.limit,
         restricted=options.restricted,
         max_points=options.max_points,
-        progress=True,
+        distributed=share.world > 1,
+        progress=share.rank == 0,
     )
-    render(evaluation, Console())
-    if file is not None:
+    with share.together():
+        evaluation = measure(dataset)
+        if share.rank == 0:
+            render(evaluation, Console())
+        report = None
+        if names:
+            report = corruptions.evaluate_corruptions(measure, dataset, names, clean=evaluation)
+    if share.rank > 0:  # all know the same: the first says it
+        return 0
+    if report is not None:
+        corruptions.render(report, Console())
+        if file is not None:
+            corruptions.write_json(report, file)
+        if folder is not None:
+            corruption_curves(report, folder / "corruptions.png")
+            print(f"accuracy against severity: {folder / 'corruptions.png'}")
+    elif file is not None:
         write_json(evaluation, file)
-    if folder is not None and model.segments and isinstance(dataset, PartDataset):
-        part_gallery(
+    if folder is not None:
+        *pictures, page = write_pictures(
             model,
             dataset,
-            chosen,
+            evaluation,
             folder,
-            seed=seeds[0],
-            restricted=options.restricted,
+            clouds=options.picture_clouds,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            limit=options.limit,
             max_points=options.max_points,
+            progress=True,
         )
-        print(f"pictures: {folder / 'parts.png'} and, to turn and zoom, {folder / 'parts.html'}")
-    elif folder is not None:
-        canonical_gallery(model, dataset, chosen, folder / "gallery.png", seed=seeds[0])
-        print(f"picture: {folder / 'gallery.png'}")
+        print(f"pictures: {', '.join(map(str, pictures))}")
+        print(f"all of it in one page, with clouds to turn: {page}")
     return 0
 
 
@@ -89,7 +116,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ActionYesNo, ArgumentParser
     from jsonargparse.typing import PositiveInt
 
-    from pointcanon.cli.options import DataOptions, add_computing
+    from pointcanon.cli.options import DataOptions, add_canonicalizer, add_computing
 
     parser = ArgumentParser(
         prog="pointcanon eval",
@@ -124,13 +151,28 @@ def _parser() -> ArgumentParser:
         default=None,
         help="give a part network so many points at once, of clouds that hold more",
     )
+    parser.add_argument(
+        "--corruptions",
+        type=str | None,
+        default=None,
+        help="all, or names separated by commas: accuracy on clouds corrupted so as well, at five "
+        "severities; with --limit 500 an affordable estimate on a CPU",
+    )
     parser.add_argument("--json", type=Path | None, default=None, help="write the figures here")
     parser.add_argument(
         "--pictures",
         type=Path | None,
         default=None,
-        help="folder for pictures: clouds in pose, or their parts, as found and in truth",
+        help="folder for pictures: the score against the angle of rotation, where up axes come to "
+        "lie, clouds in pose; and report.html, which has all of it and opens in any browser",
     )
+    parser.add_argument(
+        "--picture_clouds",
+        type=PositiveInt,
+        default=200,
+        help="draw n clouds, by the first seed, to be asked at 13 angles for the pictures",
+    )
+    add_canonicalizer(parser, "in front of the predictor, in the place of the checkpoint's own")
     parser.add_argument(
         "--bare", action="store_true", help="evaluate the predictor without its canonicalizer"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -15,9 +17,23 @@ if TYPE_CHECKING:
     import jsonargparse
     import torch
 
+    from pointcanon.canonicalizers import Canonicalizer
     from pointcanon.datasets import CloudDataset
+    from pointcanon.model import Canonicalized
 
-__all__ = ["DataOptions", "Parser", "add_computing", "open_checkpoint", "parse", "pick_device"]
+__all__ = [
+    "UNTRAINED",
+    "DataOptions",
+    "Parser",
+    "add_canonicalizer",
+    "add_computing",
+    "open_canonicalizer",
+    "open_checkpoint",
+    "open_model",
+    "parse",
+    "pick_device",
+    "with_options",
+]
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,6 +56,7 @@ class DataOptions:
         coordinate_frame: Frame to convert the clouds to: z-up, y-up or y-up-mirrored.
         normals: Read normals too, for networks that look at them.
         missing: "warn" goes on without files that should be there but are not.
+        variant: Of ScanObjectNN, such as OBJ_BG or PB_T50_RS; of ModelNet40-C, such as gaussian_3.
     """
 
     name: str = "modelnet40"
@@ -50,6 +67,7 @@ class DataOptions:
     coordinate_frame: str | None = None
     normals: bool = False
     missing: Literal["raise", "warn"] | None = None
+    variant: str | None = None
 
     def open(self) -> CloudDataset:
         """The data set.
@@ -103,7 +121,7 @@ def add_computing(parser: jsonargparse.ArgumentParser) -> None:
         "--limit",
         type=PositiveInt,
         default=None,
-        help="use n clouds, spread over the data set",
+        help="use n clouds, drawn from all of the data set: the same ones every time",
     )
 
 
@@ -138,3 +156,108 @@ def open_checkpoint(path: str | Path) -> nn.Module:
         if card is not None and card.kind == "canonicalized":
             return model.load(path)
     return predictors.load(path)
+
+
+UNTRAINED = ("PCA", "Manhattan", "Search")
+"""Canonicalizers that have nothing to learn, so that their names alone are enough."""
+
+
+def add_canonicalizer(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """The options that say which canonicalizer, and how it is set.
+
+    Args:
+        parser: Of either kind.
+        purpose: Of the canonicalizer, for the help.
+    """
+    parser.add_argument(
+        "--canonicalizer",
+        type=str,
+        help=f"{purpose}: a checkpoint that has one, or without training {' or '.join(UNTRAINED)}",
+    )
+    parser.add_argument(
+        "--canonicalizer_options",
+        type=str,
+        metavar="JSON",
+        help="options that the canonicalizer is to have in place of its own, of those that need no "
+        'training, such as {"looks": 4, "answers": 10}',
+    )
+
+
+def open_canonicalizer(name: str | Path) -> Canonicalizer:
+    """A canonicalizer by its name where it needs no training or has had it, or of a checkpoint.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or holds no canonicalizer.
+        UsageError: If it is none of these.
+    """
+    from pointcanon import canonicalizers
+
+    if str(name) in canonicalizers.PRETRAINED or Path(name).exists():
+        return canonicalizers.load(name)
+    if name not in UNTRAINED:
+        known = ", ".join((*canonicalizers.PRETRAINED, *UNTRAINED))
+        raise UsageError(f"--canonicalizer {name!r} is neither a checkpoint nor one of: {known}")
+    return canonicalizers.CANONICALIZERS[str(name)]()
+
+
+def with_options(canonicalizer: Canonicalizer, text: str | None) -> Canonicalizer:
+    """A canonicalizer with the options that ``--canonicalizer_options`` gives it, if any.
+
+    Raises:
+        UsageError: If they are no JSON object, the canonicalizer has no such options or refuses a
+            value, or its weights do not fit them.
+    """
+    import jsonargparse
+
+    if text is None:
+        return canonicalizer
+    kind, known = type(canonicalizer), canonicalizer.options
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise UsageError(
+            f"--canonicalizer_options is {text!r}; give JSON, such as '{{\"answers\": 10}}'"
+        )
+    names: Iterable[str] = getattr(canonicalizer, "hyperparameters", ())
+    fixed: set[str | int] = {name for name in names if name not in known}
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip=fixed)
+    try:
+        typed = parser.parse_object(
+            {name: value for name, value in options.items() if name in known}, defaults=False
+        )
+        return canonicalizer.with_options(**{**options, **typed.as_dict()})
+    except (InputError, jsonargparse.ArgumentError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--canonicalizer_options, {kind.__name__}: {reason}") from error
+
+
+def open_model(
+    path: str | Path,
+    canonicalizer: str | Path | None = None,
+    canonicalizer_options: str | None = None,
+) -> Canonicalized:
+    """The model in a checkpoint, in eval mode; a predictor alone is put behind no canonicalizer.
+
+    Args:
+        path: As for :func:`open_checkpoint`.
+        canonicalizer: As for :func:`open_canonicalizer`, put in the place of the checkpoint's.
+        canonicalizer_options: As for :func:`with_options`.
+
+    Raises:
+        CheckpointError: As for the first two.
+        UsageError: As for the last two.
+    """
+    from pointcanon.canonicalizers import Identity
+    from pointcanon.model import Canonicalized
+
+    model = open_checkpoint(path)
+    if not isinstance(model, Canonicalized):
+        model = Canonicalized(model, Identity())
+    front = model.canonicalizer if canonicalizer is None else open_canonicalizer(canonicalizer)
+    front = with_options(front, canonicalizer_options)
+    if front is not model.canonicalizer:
+        model = Canonicalized(model.predictor, front, model.vote)
+    return model.eval()

@@ -15,22 +15,22 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import roma
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pointcanon import readers
-from pointcanon.cli.options import Parser, open_checkpoint, pick_device
+from pointcanon.cli.clouds import Item, Preparation, conversion, in_unit_ball, loaded, progress
+from pointcanon.cli.options import Parser, add_canonicalizer, open_model, pick_device
 from pointcanon.coordinates import convert
-from pointcanon.errors import CheckpointError, DataError, InputError, UsageError
+from pointcanon.errors import DataError, UsageError
 from pointcanon.files import require_writable
 from pointcanon.model import Canonicalized
 from pointcanon.rotations import svd_project
@@ -38,9 +38,11 @@ from pointcanon.rotations import svd_project
 __all__ = [
     "Item",
     "Lines",
+    "Poses",
     "Share",
     "add_options",
-    "open_model",
+    "model_of",
+    "points_seen",
     "pose_record",
     "stream",
 ]
@@ -56,10 +58,10 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--num_points",
         type=_number_or_all,
-        default=1024,
-        help="points of each cloud that the networks see, or all; the default, 1024, is what most "
-        "are trained on",
+        help="points of each cloud that the networks see, or all; by default what most are trained "
+        "on, 1024, or 2048 by those that label points",
     )
+    add_canonicalizer(parser, "in front of the predictor, in the place of the checkpoint's own")
     parser.add_argument(
         "--coordinate_frame",
         help="the frame of the files (z-up, y-up or y-up-mirrored), if it is not the checkpoint's",
@@ -85,31 +87,31 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-def _number_or_all(text: str) -> int | None:
-    return None if text == "all" else _positive(text)
+def _number_or_all(text: str) -> int | Literal["all"]:
+    return "all" if text == "all" else _positive(text)
 
 
-def open_model(checkpoint: str, device: str | None, share: Share) -> Canonicalized:
-    """What the checkpoint holds, on the device; a predictor alone is put behind no canonicalizer.
+def points_seen(options: argparse.Namespace, model: Canonicalized) -> int | None:
+    """How many points of a cloud the networks see at once; None for all."""
+    if options.num_points is None:
+        return 2048 if model.segments else 1024
+    return None if options.num_points == "all" else options.num_points
+
+
+def model_of(options: argparse.Namespace, share: Share) -> Canonicalized:
+    """The model that the options name, in eval mode, on the device.
 
     Raises:
-        CheckpointError: If it cannot be read, or was trained on clouds normalised in a way that
-            is not known here.
-        UsageError: If there is no such device.
+        CheckpointError: As for :func:`open_model`, or if it was trained on clouds normalised in a
+            way that is not known here.
+        UsageError: As for :func:`open_model`, or if there is no such device.
     """
-    from pointcanon.canonicalizers import Identity
-
-    model = open_checkpoint(checkpoint)
-    if not isinstance(model, Canonicalized):
-        model = Canonicalized(model, Identity())
-    if model.normalisation not in (None, "unit-ball"):
-        raise CheckpointError(
-            f"{checkpoint} was trained on clouds normalised by {model.normalisation!r}; "
-            "known here: unit-ball"
-        )
+    model = open_model(options.checkpoint, options.canonicalizer, options.canonicalizer_options)
+    in_unit_ball(model)
+    device = options.device
     if device is None:
         device = f"cuda:{share.local_rank}" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(pick_device(device))
+    return model.to(pick_device(device))
 
 
 # ------------------------------------------------------------------------------------ processes
@@ -230,14 +232,14 @@ class Lines:
             raise DataError(f"cannot write {self._path}: {error.strerror}") from error
 
     def _recall(self, file: Path) -> None:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith("\n"):
                     return  # another process is writing it
                 try:
                     record = json.loads(line)
                     self.done.setdefault(record["file"], set()).add(record["index"])
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise DataError(
                         f"{file}, line {number} is not of this command's output: it cannot be "
                         "resumed; name another --json"
@@ -271,146 +273,7 @@ def _cut_torn_line(file: Path) -> None:
         held.truncate(end + tail.rfind(b"\n") + 1)
 
 
-# ---------------------------------------------------------------------------------------- input
-
-
-@dataclass(frozen=True)
-class Item:
-    """A cloud on its way through the model, or what is wrong with it.
-
-    Attributes:
-        file: As it was named or found.
-        index: Of the cloud in a file of many.
-        weight: Its part of the file, for the progress bar.
-        error: Why there is no cloud; everything below is then None.
-        points: ``(N, 3)`` float64, drawn, normalised and in the frame of the checkpoint.
-        normals: ``(N, 3)`` float64, if the model looks at normals.
-        centre: ``(3,)`` float64, what was subtracted, in the file's frame.
-        scale: What it was divided by.
-        whole: The cloud as the file has it, if that was asked for.
-    """
-
-    file: str
-    index: int | None
-    weight: float
-    error: str | None = None
-    points: np.ndarray | None = None
-    normals: np.ndarray | None = None
-    centre: np.ndarray | None = None
-    scale: float = 1.0
-    whole: readers.Cloud | None = None
-
-    @property
-    def name(self) -> str:
-        return self.file if self.index is None else f"{self.file}[{self.index}]"
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """How its line begins."""
-        return {"file": self.file, "index": self.index}
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """From the cloud of a file to what a model takes.
-
-    Attributes:
-        num_points: Points that are drawn of a larger cloud; None takes all.
-        unit_ball: Whether to centre and to divide by the largest norm.
-        frames: The coordinate frames of the files and of the model, or None if they are one.
-        normals: Whether the model looks at normals.
-        whole: Whether the cloud is needed afterwards.
-    """
-
-    num_points: int | None
-    unit_ball: bool
-    frames: tuple[str, str] | None
-    normals: bool
-    whole: bool
-
-    def __call__(self, item: Item, cloud: readers.Cloud) -> Item:
-        if self.normals and cloud.normals is None:
-            raise DataError(f"{item.name} has no normals, which the network looks at")
-        points = cloud.points.astype(np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):
-            centre = points.mean(axis=0)
-            scale = np.linalg.norm(points - centre, axis=1).max() if self.unit_ball else 1.0
-        if not np.isfinite(np.float32(np.abs(points).max())) or not np.isfinite(scale):
-            raise DataError(f"{item.name} has coordinates beyond the range of float32")
-        scale = float(scale) or 1.0
-        if self.unit_ball:
-            points = (points - centre) / scale
-        rows = _drawn(len(points), self.num_points)
-        normals = None
-        if self.normals and cloud.normals is not None:
-            normals = self._turned(cloud.normals[rows])
-        normals = (
-            self._turned(cloud.normals[rows])
-            if self.normals and cloud.normals is not None
-            else None
-        )
-        return replace(
-            item,
-            points=self._turned(points[rows]),
-            normals=normals,
-            centre=centre,
-            scale=scale,
-            whole=cloud if self.whole else None,
-        )
-
-    def _turned(self, vectors: np.ndarray) -> np.ndarray:
-        """Points or normals in the frame of the model."""
-        vectors = vectors.astype(np.float64)
-        if self.frames is None:
-            return vectors
-        return convert(torch.from_numpy(vectors), *self.frames).numpy()
-
-
-def _drawn(count: int, num_points: int | None) -> np.ndarray:
-    """Rows of a cloud, all or a draw that knows only their number: a cloud that was turned is
-    thinned to the same points."""
-    from pointcanon.datasets.sampling import drawn_rows
-
-    if num_points is None or count <= num_points:
-        return np.arange(count)
-    return drawn_rows(count, num_points, "")
-
-
-class Files(IterableDataset[Item]):
-    """The clouds of files one after another, dealt out over the loader's processes by files.
-
-    Args:
-        files: Their names.
-        done: Clouds that are left out, by file.
-        prepare: What is done to each.
-    """
-
-    def __init__(
-        self, files: list[str], done: dict[str, set[int | None]], prepare: Preparation
-    ) -> None:
-        self.files, self.prepare = files, prepare
-        self.done = {file: done[file] for file in files if file in done}
-
-    def __iter__(self) -> Iterator[Item]:
-        worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for file in self.files[first::step]:
-            yield from self._clouds(file)
-
-    def _clouds(self, file: str) -> Iterator[Item]:
-        try:
-            clouds = readers.CloudFile(file, samples=max(2048, self.prepare.num_points or 0))
-        except DataError as error:
-            yield Item(file, None, 1.0, error=str(error))
-            return
-        for index in range(len(clouds)):
-            item = Item(file, index if clouds.stacked else None, 1 / len(clouds))
-            if item.index in self.done.get(file, ()):
-                continue
-            try:
-                yield self.prepare(item, clouds[index])
-            except DataError as error:
-                yield replace(item, error=str(error))
+# -------------------------------------------------------------------------------------- streaming
 
 
 def stream(
@@ -421,6 +284,7 @@ def stream(
     answer: Callable[[list[Item], Tensor, Tensor | None, Tensor | None], list[dict[str, Any]]],
     *,
     normals: bool,
+    num_points: int | None,
     whole: bool = False,
 ) -> None:
     """Put the files of this process through ``answer``, batch by batch, and its records out.
@@ -433,6 +297,7 @@ def stream(
         answer: Records of clouds, given points ``(B, N, 3)``, mask ``(B, N)`` or None and normals
             or None on the device of the model.
         normals: Whether the clouds need normals.
+        num_points: Points that are drawn of larger clouds; None gives ``answer`` all.
         whole: Whether ``answer`` needs the clouds as the files have them.
 
     Raises:
@@ -440,48 +305,30 @@ def stream(
         UsageError: If the coordinate frame is unknown, or the checkpoint does not say its own.
     """
     prepare = Preparation(
-        options.num_points,
-        model.normalisation == "unit-ball",
-        _frames(options.coordinate_frame, model.coordinate_frame),
+        num_points,
+        in_unit_ball(model),
+        conversion(options.coordinate_frame, model.coordinate_frame),
         normals,
-        whole,
+        samples=max(2048, points_seen(options, model) or 0),
+        whole=whole,
     )
     files = list(readers.find(options.paths))[share.rank :: share.world]
     files = [file for file in files if None not in lines.done.get(file, ())]
-    loader: DataLoader[Item] = DataLoader(
-        Files(files, lines.done, prepare),
-        batch_size=None,
-        num_workers=min(options.num_workers, len(files)),
-        prefetch_factor=options.batch_size if options.num_workers and files else None,
-        collate_fn=_as_it_is,
+    items = loaded(
+        files,
+        prepare,
+        num_workers=options.num_workers,
+        prefetch=options.batch_size,
+        done=lines.done,
     )
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    with torch.no_grad(), _progress(len(files), share.rank == 0) as advance:
-        for lot in _lots(loader, options.batch_size):
+    with torch.no_grad(), progress(len(files), share.rank == 0) as advance:
+        for lot in _lots(items, options.batch_size):
             good = [item for item in lot if item.error is None]
             bad = [item for item in lot if item.error is not None]
             records = answer(good, *_padded(good, weight)) if good else []
             lines.append(records + [{**item.record, "error": item.error} for item in bad])
             advance(sum(item.weight for item in lot), [str(item.error) for item in bad])
-
-
-def _frames(files: str | None, model: str | None) -> tuple[str, str] | None:
-    if files is None:
-        return None
-    if model is None:
-        raise UsageError(
-            "the checkpoint does not say its coordinate frame, so nothing can be converted to it; "
-            "leave out --coordinate_frame"
-        )
-    try:
-        convert(torch.eye(3), files, model)
-    except InputError as error:
-        raise UsageError(f"--coordinate_frame: {error}") from error
-    return None if files == model else (files, model)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 def _lots(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -511,57 +358,57 @@ def _padded(items: list[Item], like: Tensor) -> tuple[Tensor, Tensor | None, Ten
     return points, mask, padded([item.normals for item in items])[0]
 
 
-@contextmanager
-def _progress(files: int, show: bool) -> Iterator[Callable[[float, list[str]], None]]:
-    """Takes how many files are through and what was wrong; a bar where a person looks on."""
-    if not (show and sys.stderr.isatty()):
+class Poses(NamedTuple):
+    """The poses of B clouds, as a model found them: fields as those of ``Prediction``."""
 
-        def report(_: float, errors: list[str]) -> None:
-            for error in errors:
-                print(f"pointcanon: {error}", file=sys.stderr)
-
-        yield report
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), "files", TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=files)
-
-        def advance(weight: float, errors: list[str]) -> None:
-            bar.advance(task, weight)
-            for error in errors:
-                bar.console.print(f"pointcanon: {error}", markup=False, soft_wrap=True)
-
-        yield advance
+    rotation: Tensor
+    scale: Tensor | None
+    degenerate: Tensor
+    frame_weight: Tensor
+    frame_confidence: Tensor | None
 
 
 def pose_record(
-    item: Item, rotation: Tensor, model: Canonicalized, frame: str | None
+    item: Item, poses: Poses, row: int, model: Canonicalized, frame: str | None
 ) -> dict[str, Any]:
     """Where a cloud is: ``x_canonical = (x - centre) / scale @ rotation``, for rows x of the file.
 
     Args:
         item: The cloud.
-        rotation: ``(3, 3)``, as the model found it, in its own coordinate frame.
+        poses: Of the batch that it is in, in the model's coordinate frame.
+        row: Its place there.
         model: Says its frame.
         frame: That of the file; None for the model's. The canonical pose is expressed in it too,
             so the rotation is proper even where one frame is mirrored.
 
     Returns:
-        ``centre``, ``scale``, ``rotation`` and ``quaternion_wxyz`` with w >= 0.
+        ``centre``, ``scale``, ``rotation``, ``quaternion_wxyz`` with w >= 0, ``frame_weight``,
+        ``frame_confidence`` where something says it, ``degenerate``. Of a cloud that is mirrored in
+        its canonical pose (``ForGroup`` with O(2) or O(3)) det of the rotation is -1, which no
+        quaternion says: there is ``mirrored`` in place of it.
     """
-    turn = svd_project(rotation.detach().cpu().double())  # its inverse is to be exact in float64
+    found = poses.rotation[row].detach().cpu().double()
+    mirrored = bool(found.det() < 0)
+    hand = -1.0 if mirrored else 1.0
+    turn = hand * svd_project(hand * found)  # its inverse is to be exact in float64
     if frame is not None and model.coordinate_frame is not None:
         back = (model.coordinate_frame, frame)
         turn = convert(convert(turn, *back).mT, *back).mT
-    quaternion = roma.rotmat_to_unitquat(turn)[[3, 0, 1, 2]]
-    quaternion = torch.where(quaternion[0] < 0, -quaternion, quaternion)
+    confidence = poses.frame_confidence
     assert item.centre is not None
     return {
         "centre": item.centre.tolist(),
-        "scale": item.scale,
+        "scale": item.scale * (1.0 if poses.scale is None else float(poses.scale[row])),
         "rotation": turn.tolist(),
-        "quaternion_wxyz": quaternion.tolist(),
+        **({"mirrored": True} if mirrored else {"quaternion_wxyz": _quaternion(turn)}),
+        "frame_weight": float(poses.frame_weight[row]),
+        **({} if confidence is None else {"frame_confidence": float(confidence[row])}),
+        "degenerate": bool(poses.degenerate[row]),
     }
+
+
+def _quaternion(rotation: Tensor) -> list[float]:
+    """Of two that say the same the one with w >= 0, w first."""
+    quaternion = roma.rotmat_to_unitquat(rotation)[[3, 0, 1, 2]]
+    values: list[float] = torch.where(quaternion[0] < 0, -quaternion, quaternion).tolist()
+    return values

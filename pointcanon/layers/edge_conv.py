@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pointcanon.layers.pointwise import BatchNorm
-from pointcanon.neighbors import _exporting, knn
+from pointcanon.neighbors import knn
+from pointcanon.portable import exporting, full_precision
 
 __all__ = ["DeepEdgeConv", "EdgeConv", "Layer", "neighbor_max"]
 
@@ -74,7 +75,7 @@ class EdgeConv(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, N, C)``, finite in padded rows too, to ``(B, N, D)``."""
         neighbors = knn(features.detach(), self.k, mask)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features):
             ends, centres = _edge_terms(self.layer, features, neighbors, mask)
             maxima = F.leaky_relu_(neighbor_max(ends, neighbors) + centres, SLOPE)
         return maxima.to(features.dtype)
@@ -106,7 +107,7 @@ class DeepEdgeConv(nn.Module):
         first, second = self.layers
         assert isinstance(first, Layer)
         assert isinstance(second, Layer)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features):
             ends, centres = _edge_terms(first, features, neighbors, mask)
             weight, norm = second.linear.weight.to(ends.dtype), second.norm
             if self.training:
@@ -203,7 +204,7 @@ def neighbor_max(values: Tensor, neighbors: Tensor) -> Tensor:
     Returns:
         ``(B, M, D)``. One of several equal maxima receives the gradient.
     """
-    if _exporting():
+    if exporting():
         return (
             values.flatten(0, 1)[_flat(neighbors, values.shape[1])]
             .amax(dim=1)
@@ -274,7 +275,7 @@ def _slot_type(k: int) -> torch.dtype:
 
 def _flat(neighbors: Tensor, count: int) -> Tensor:
     """Indices into the points of all clouds, ``(B, M, k)`` to ``(B M, k)``."""
-    offset = torch.arange(len(neighbors), device=neighbors.device) * count
+    offset = torch.arange(neighbors.shape[0], device=neighbors.device) * count
     return (neighbors + offset[:, None, None]).flatten(0, 1)
 
 

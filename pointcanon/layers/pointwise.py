@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pointcanon.portable import exporting, full_precision
+
 __all__ = [
     "BatchNorm",
     "PooledLinear",
@@ -31,29 +33,34 @@ class BatchNorm(nn.BatchNorm1d):
             input: ``(..., C)``, finite in padded rows too.
             mask: ``(...)`` bool, broadcastable to the leading dimensions; True = a real row.
         """
-        if mask is None and input.numel() == self.num_features:
-            # torch refuses to train on a single row; here its variance is zero
+        if not self.training:
+            return super().forward(input.reshape(-1, self.num_features)).reshape(input.shape)
+        if mask is None and input.numel() <= self.num_features:
+            # torch refuses to train on a single row, whose variance is zero here, and lets a batch
+            # of none make NaN of the running statistics
             mask = input.new_ones(input.shape[:-1], dtype=torch.bool)
-        if mask is None or not self.training:
+        if mask is None:
             return super().forward(input.reshape(-1, self.num_features)).reshape(input.shape)
         rows = _exact(input.reshape(-1, self.num_features))
         weights = mask.expand(input.shape[:-1]).reshape(-1, 1).to(rows.dtype)
-        mean = (weights * rows).sum(dim=0) / weights.sum()
-        variance = (weights * (rows - mean).square()).sum(dim=0) / weights.sum()
+        count = weights.sum().clamp_min(1)
+        mean = (weights * rows).sum(dim=0) / count
+        variance = (weights * (rows - mean).square()).sum(dim=0) / count
         self.track(mean, variance, weights.sum())
         return self.affine_map(input, mean, variance)
 
     @torch.no_grad()
     def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of a batch of ``count`` rows."""
+        """Move the running statistics towards those of a batch of ``count`` rows, if it has any."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        self.num_batches_tracked.add_(1)
+        self.num_batches_tracked.add_(count > 0)
         unbiased = variance * count / (count - 1).clamp_min(1)
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        step = self.momentum * (count > 0).to(self.running_mean)
+        self.running_mean.lerp_(mean.to(self.running_mean), step)
+        self.running_var.lerp_(unbiased.to(self.running_var), step)
 
     def affine_map(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """``(..., C)`` normalised by the given statistics ``(C,)``, scaled and shifted."""
@@ -134,6 +141,8 @@ class PooledLinear(nn.Module):
         Returns:
             ``(B, D)``.
         """
+        if exporting():  # the plain form; a program of open sizes can have no blocks
+            return masked_max(self.norm(self.linear(features), mask), mask)
         winners = self._winners(features, mask)
         rows = features.gather(1, winners[..., None].expand(-1, -1, features.shape[-1]))
         pooled = (rows * self.linear.weight).sum(dim=-1)
@@ -164,17 +173,17 @@ class PooledLinear(nn.Module):
         """Mean ``(D,)`` and variance ``(D,)`` of the linear outputs, and the number of points."""
         rows, weight = _exact(features.flatten(0, 1)), _exact(self.linear.weight)
         # a variance from low-precision products could even come out negative
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features):
             if mask is None:
                 count = rows.new_tensor(float(rows.shape[0]))
-                mean = rows.mean(dim=0)
+                mean = rows.sum(dim=0) / count.clamp_min(1)
                 centred = rows - mean
             else:
                 real = mask.reshape(-1, 1).to(rows.dtype)
                 count = real.sum()
-                mean = (real * rows).sum(dim=0) / count
+                mean = (real * rows).sum(dim=0) / count.clamp_min(1)
                 centred = real * (rows - mean)
-            covariance = centred.mT @ centred / count
+            covariance = centred.mT @ centred / count.clamp_min(1)
             variance = ((weight @ covariance) * weight).sum(dim=-1).clamp_min(0)
             mean = weight @ mean
             if self.linear.bias is not None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from pointcanon.layers.pointwise import SharedLayer, shared_layers
 from pointcanon.neighbors import ball_query, farthest_point_sample, knn
+from pointcanon.portable import full_precision
 
 __all__ = ["FeaturePropagation", "Scale", "SetAbstraction"]
 
@@ -60,7 +61,7 @@ class Balls(nn.Module):
         inputs = points if features is None else torch.cat((points, features), dim=-1)
         first, *others = shared_layers(self.layers)
         weight, bias = (first.linear.weight, first.linear.bias) if self.training else first.folded()
-        with torch.autocast(points.device.type, enabled=False):
+        with full_precision(points):
             # both are large where their difference is small: low precision would drown it
             ends = F.linear(inputs.to(weight.dtype), weight, bias).flatten(0, 1)
             starts = F.linear(centres.to(weight.dtype), weight[:, :3]).flatten(0, 1)
@@ -92,13 +93,14 @@ def evaluate(
     widest = max(ends.shape[1], *(len(bias) for _, bias in layers))
     budget = CHUNK if ends.device.type == "cpu" else DEVICE_CHUNK
     step = max(1, budget // (widest * members.shape[1]))
-    if torch.compiler.is_compiling():
-        step = len(members)  # the compiler fuses; unrolled chunks would only make its work longer
+    parts = [slice(None)]  # the compiler fuses; unrolled chunks would only make its work longer
+    if not torch.compiler.is_compiling():
+        parts = [slice(start, start + step) for start in range(0, len(members), step)]
     pooled = []
-    for start in range(0, len(members), step):
-        balls = members[start : start + step]
+    for part in parts:
+        balls = members[part]
         hidden = ends.index_select(0, balls.flatten()).unflatten(0, balls.shape)
-        hidden = hidden.sub_(starts[start : start + step, None]).relu_().flatten(0, 1)
+        hidden = hidden.sub_(starts[part, None]).relu_().flatten(0, 1)
         for weight, bias in middle:
             hidden = F.linear(hidden, weight, bias).relu_()
         scores = (hidden @ last_weight.mT).unflatten(0, balls.shape)
@@ -208,5 +210,5 @@ def interpolate(points: Tensor, coarse: Tensor, values: Tensor) -> Tensor:
 
 def flat_index(index: Tensor, count: int) -> Tensor:
     """``(B, M, k)`` indices into N = ``count`` as ``(B * M, k)`` indices into B * N rows."""
-    offsets = torch.arange(len(index), device=index.device) * count
+    offsets = torch.arange(index.shape[0], device=index.device) * count
     return (index + offsets[:, None, None]).flatten(0, 1)

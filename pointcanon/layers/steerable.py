@@ -290,8 +290,8 @@ def mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def mix(weight: Tensor, x: Tensor) -> Tensor:
     """Channels mixed alike in every row: ``(D, C_in, ...)`` to ``(D, C_out, ...)``."""
     # a broadcast product would be folded into one, at the price of a transposed copy
-    mixed = torch.bmm(weight.expand(len(x), -1, -1), x.flatten(2))
-    return mixed.view(len(x), len(weight), *x.shape[2:])
+    mixed = torch.bmm(weight.expand(x.shape[0], -1, -1), x.flatten(2))
+    return mixed.view(x.shape[0], len(weight), *x.shape[2:])
 
 
 def _rows(degree: int) -> slice:

@@ -277,21 +277,23 @@ class EdgeConv(nn.Module):
             x.requires_grad or weights.requires_grad or self.weight.requires_grad
         )
         if torch.compiler.is_compiling():
-            return self._clouds(x, neighbors, weights, count)
+            return self._clouds(x, neighbors, weights)
         limit = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
         clouds = max(1, limit // edges)
         pieces = []
         for b in range(0, batch, clouds):
             part = x[b : b + clouds], neighbors[b : b + clouds], weights[b : b + clouds]
             if gradient:
-                pieces.append(checkpoint(self._clouds, *part, count, use_reentrant=False))
+                pieces.append(checkpoint(self._clouds, *part, use_reentrant=False))
             else:
                 points = max(1, min(count, limit * count // edges))
                 pieces.append(self._clouds(*part, points))
         return torch.cat(pieces)
 
-    def _clouds(self, x: Tensor, neighbors: Tensor, weights: Tensor, points: int) -> Tensor:
-        """The layer on a few clouds, ``points`` points of each at a time."""
+    def _clouds(
+        self, x: Tensor, neighbors: Tensor, weights: Tensor, points: int | None = None
+    ) -> Tensor:
+        """The layer on a few clouds, ``points`` points of each at a time or all at once."""
         batch, count, k = neighbors.shape
         difference, own, *cross = self.weight.split(self.in_channels, dim=1)
         # from here points are last: gathers and sums then run along contiguous memory
@@ -301,10 +303,12 @@ class EdgeConv(nn.Module):
         planes = planes.reshape(self.in_channels * 3, batch * count)
         offset = torch.arange(batch, device=x.device)[:, None, None] * count
         pieces = []
-        for start in range(0, count, points):
-            rows = slice(start, start + points)
+        parts = [slice(None)]
+        if points is not None:
+            parts = [slice(start, start + points) for start in range(0, count, points)]
+        for rows in parts:
             index = (neighbors[:, rows] + offset).permute(2, 0, 1).flatten()
-            shape = (-1, 3, k, batch, min(points, count - start))
+            shape = (-1, 3, k, batch, neighbors[:, rows].shape[1])
             edge = of_neighbor.index_select(1, index).view(shape)
             edge = edge + of_point[:, :, None, :, rows]
             if cross:

@@ -14,7 +14,7 @@ from torch import nn
 
 from pointcanon import checkpoint
 from pointcanon.errors import CheckpointError, UsageError
-from pointcanon.predictors.base import PartPredictor, Predictor
+from pointcanon.predictors.base import TRAINED_ON, PartPredictor, Predictor
 from pointcanon.predictors.dgcnn import DGCNN, DGCNNParts
 from pointcanon.predictors.pointnet import PointNet, PointNetParts
 from pointcanon.predictors.pointnet2 import PointNet2, PointNet2Parts
@@ -68,7 +68,7 @@ def load(path: str | Path, **untold: Any) -> nn.Module:
 
     Only tensors are read and no code in the file is run. Hyper-parameters follow from the shapes of
     the weights, every one of which must fit. The network carries what is known of its training:
-    ``coordinate_frame``, ``classes`` and ``normalisation``.
+    ``coordinate_frame``, ``classes``, ``parts`` and ``normalisation``.
 
     Args:
         path: The file.
@@ -88,6 +88,6 @@ def load(path: str | Path, **untold: Any) -> nn.Module:
     if untold:
         raise UsageError(f"{path} says its own hyper-parameters; leave out {', '.join(untold)}")
     network, card = checkpoint.load(path)
-    for name in ("coordinate_frame", "classes", "normalisation"):
+    for name in TRAINED_ON:
         setattr(network, name, getattr(card, name))
     return network

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from pointcanon import clouds
-from pointcanon.errors import InputError
+from pointcanon.errors import InputError, NotFiniteError
 
-__all__ = ["Network", "PartPredictor", "Predictor", "check_sizes"]
+__all__ = ["TRAINED_ON", "Network", "PartPredictor", "Predictor", "check_sizes"]
+
+TRAINED_ON = ("coordinate_frame", "classes", "parts", "normalisation")
+"""What a network says of the data it was trained on, None where it is not known: its attributes of
+these names, which its card has too."""
 
 
 def check_sizes(dropout: float, *, num_categories: int = 0, **sizes: int) -> None:
@@ -43,6 +47,8 @@ class Network(nn.Module, ABC):
     classes: tuple[str, ...] | None = None
     """Names of the classes in the order of the logits, or of the categories of a part network in
     the order of the one-hot, where known."""
+    parts: tuple[str, ...] | None = None
+    """Names of the parts in the order of the logits, of a part network, where known."""
     normalisation: str | None = None
     """What was done to each cloud in training, where known, such as ``"unit-ball"``."""
 
@@ -72,6 +78,26 @@ class Network(nn.Module, ABC):
             return points, None
         return points, normals if mask is None else torch.where(mask[..., None], normals, zero)
 
+    def _finite(self, logits: Tensor, points: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The logits ``(B, ...)`` or, where a mask is given, ``(B, N, ...)``.
+
+        Raises:
+            NotFiniteError: In evaluation, if one of them is not finite.
+        """
+        if self.training or torch.compiler.is_compiling():
+            return logits
+        finite = torch.isfinite(logits)
+        if mask is not None:
+            finite = finite | ~mask[..., None]
+        if not bool(finite.all()):
+            cloud = int((~finite.flatten(1).all(dim=1)).nonzero()[0])
+            raise NotFiniteError(
+                cloud,
+                f"its coordinates reach {float(points[cloud].abs().max()):.3g}; normalise clouds "
+                f"as in training, compute in a wider dtype than {logits.dtype}, check the weights",
+            )
+        return logits
+
 
 class Predictor(Network):
     """Base of the networks shipped here; any other module from clouds to outputs will also do.
@@ -97,11 +123,13 @@ class Predictor(Network):
             ``(B, num_classes)``.
 
         Raises:
-            InputError: On a wrong type, shape, dtype or device, an empty cloud, NaN or inf, or
-                normals that are missing.
+            InputError: On a wrong type, shape, dtype or device, an empty cloud, NaN or inf,
+                normals that are missing, or in evaluation a cloud too large for its dtype.
         """
         points, normals = self._clean(points, mask, normals)
-        return self.predict(points, mask, normals)
+        if points.shape[0] == 0:  # from which no batch statistics can be learned either
+            return points.new_zeros(0, self.num_classes)
+        return self._finite(self.predict(points, mask, normals), points)
 
     @abstractmethod
     def predict(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Tensor:
@@ -142,15 +170,19 @@ class PartPredictor(Network):
 
         Raises:
             InputError: On a wrong type, shape, dtype or device, an empty cloud, NaN or inf, normals
-                that are missing, a category that is missing or out of range.
+                that are missing, a category that is missing or out of range, or in evaluation a
+                cloud too large for its dtype.
         """
         points, normals = self._clean(points, mask, normals)
-        return self.predict(points, mask, normals, self._one_hot(points, category))
+        one_hot = self._one_hot(points, category)
+        if points.shape[0] == 0:  # from which no batch statistics can be learned either
+            return points.new_zeros(0, points.shape[1], self.num_parts)
+        return self._finite(self.predict(points, mask, normals, one_hot), points, mask)
 
     def _one_hot(self, points: Tensor, category: Tensor | None) -> Tensor | None:
         if self.num_categories == 0:
             return None
-        batch = len(points)
+        batch = points.shape[0]
         if category is None:
             raise InputError(
                 f"this network was trained with the category of the object: give category, "

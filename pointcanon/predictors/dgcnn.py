@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pointcanon.errors import InputError
 from pointcanon.layers.edge_conv import SLOPE, DeepEdgeConv, EdgeConv, Layer
 from pointcanon.layers.pointwise import PooledLinear, linear_of_parts, masked_max, masked_mean
+from pointcanon.portable import full_precision
 from pointcanon.predictors.base import PartPredictor, Predictor, check_sizes
 
 __all__ = ["DGCNN", "DGCNNParts"]
@@ -88,7 +89,7 @@ class AlignmentNet(nn.Module):
         """Transform ``(B, N, 3)``."""
         code = F.leaky_relu(self.pool(self.edges(points, mask), mask), SLOPE)
         matrix = self.matrix(self.head(code)).unflatten(-1, (3, 3))
-        with torch.autocast(points.device.type, enabled=False):  # neighbours hang on these points
+        with full_precision(points):  # neighbours hang on these points
             return points @ matrix.to(points.dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pointcanon.errors import InputError
-from pointcanon.predictors.base import PartPredictor, Predictor
+from pointcanon.predictors.base import TRAINED_ON, PartPredictor, Predictor
 from pointcanon.predictors.wrap import Convention, wrap
 
 __all__ = ["recognise"]
@@ -73,7 +73,7 @@ def _described(
     predictor: Predictor | PartPredictor, module: nn.Module
 ) -> Predictor | PartPredictor:
     """The predictor, with what the module says of its training."""
-    for name in ("coordinate_frame", "classes", "normalisation"):
+    for name in TRAINED_ON:
         value = getattr(module, name, None)
         if value is not None:
             setattr(predictor, name, value)

@@ -100,7 +100,7 @@ def confidence(parameter: Tensor) -> Tensor:
     equally likely, 0.45 at k = 1, 0.95 at 10 (an error of about 18 degrees).
 
     Args:
-        parameter: F, ``(..., 3, 3)``, such as ``frames.raw`` of a network trained with
+        parameter: F, ``(..., 3, 3)``, such as ``frames.fisher`` of a network trained with
             :func:`pointcanon.losses.matrix_fisher_loss`.
 
     Returns:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pointcanon import rotations
-from pointcanon.errors import InputError
 from pointcanon.priors.base import Prior, positive
 
 __all__ = ["Upright"]
@@ -29,14 +28,7 @@ class Upright(Prior):
     """
 
     def __init__(self, axis: int | Sequence[float] | Tensor, concentration: float = 10.0) -> None:
-        if isinstance(axis, int):
-            if axis not in (0, 1, 2):
-                raise InputError(f"the index of the up axis must be 0, 1 or 2, got {axis}")
-            axis = torch.eye(3, dtype=torch.float64)[axis]
-        axis = torch.as_tensor(axis, dtype=torch.float64)
-        if axis.shape != (3,) or not 0 < float(axis.norm()) < math.inf:
-            raise InputError(f"the up axis must be three finite numbers, not all zero, got {axis}")
-        self.axis = axis / axis.norm()
+        self.axis = rotations.direction(axis)
         self.concentration = kappa = positive(concentration)
         # log(sinh kappa / kappa), written so that a large kappa does not overflow
         self.log_normaliser = kappa + math.log1p(-math.exp(-2 * kappa)) - math.log(2 * kappa)

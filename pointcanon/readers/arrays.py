@@ -6,8 +6,8 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, cast
-from zipfile import ZipFile
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 
@@ -16,13 +16,16 @@ from pointcanon.readers.geometry import LIMIT, Cloud, Malformed
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["Stack", "open_h5", "open_npy", "open_npz"]
+__all__ = ["Stack", "h5_dataset", "npz_array", "open_h5", "open_npy", "open_npz"]
 
 _POINTS = ("data", "points", "pos", "xyz", "positions", "vertices")
 _NORMALS = ("normals", "normal")
 _BLOCK = 32 << 20
 """Bytes of clouds that are read together: single rows of a compressed file would each decode a
 chunk of many."""
+
+DENSEST = 1 << 12
+"""Bytes that a byte of HDF5 may stand for: more than the compressions it knows make of zeros."""
 
 
 class Rows(Protocol):
@@ -51,6 +54,8 @@ class Stack(Sequence[Cloud]):
         self.stacked = len(shape) == 3
         if len(shape) not in (2, 3) or shape[-1] < 3:
             raise Malformed(f"an array of shape {shape} is no cloud; expected (N, 3) or (n, N, 3)")
+        if 0 in shape[-2:]:
+            raise Malformed("it holds no points")
         if len(shape) == 3 and shape[1] == 3 and shape[2] > 6:
             raise Malformed(f"an array of shape {shape} looks like (n, 3, N); expected (n, N, 3)")
         if normals is not None and normals.shape != (*shape[:-1], 3):
@@ -104,20 +109,35 @@ def open_npy(path: Path) -> Stack:
 def open_npz(path: Path) -> Stack:
     """The clouds of a ``.npz`` file, in ``points`` or the only array, and ``normals``."""
     with ZipFile(path) as archive:
-        sizes = {info.filename: info.file_size for info in archive.infolist()}
-        names = {name.removesuffix(".npy"): name for name in sizes if name.endswith(".npy")}
-        key, normals = _keys(names)
+        held = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        key, normals = _keys(held)
 
         def load(key: str) -> Array:
-            if sizes[names[key]] > LIMIT:
-                raise Malformed(f"its array {key!r} is larger than {LIMIT >> 20:,} MiB")
-            raw = archive.read(names[key])
-            shape, fortran, dtype = _npy_header(file := io.BytesIO(raw), len(raw))
-            flat = np.frombuffer(raw, dtype, math.prod(shape), file.tell())
-            values = flat.reshape(shape, order="F" if fortran else "C")
-            return Array(shape, dtype, lambda start, stop: values[start:stop])
+            values = npz_array(archive, key)
+            return Array(values.shape, values.dtype, lambda start, stop: values[start:stop])
 
         return Stack(load(key), None if normals is None else load(normals))
+
+
+def npz_array(archive: ZipFile, key: str) -> np.ndarray:
+    """An array of numbers of a ``.npz`` file, in no more memory than it says it takes.
+
+    Raises:
+        Malformed: If there is none, or it takes more than is read at once.
+    """
+    try:
+        info = archive.getinfo(f"{key}.npy")
+    except KeyError:
+        raise Malformed(f"it holds no array {key!r}") from None
+    if info.file_size > LIMIT:
+        raise Malformed(f"its array {key!r} is larger than {LIMIT >> 20:,} MiB")
+    if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+        raise Malformed(f"its array {key!r} is compressed in a way that NumPy does not")
+    with archive.open(info) as member:
+        raw = member.read(info.file_size)  # where read() would first unpack whatever is there
+    shape, fortran, dtype = _npy_header(file := io.BytesIO(raw), len(raw))
+    flat = np.frombuffer(raw, dtype, math.prod(shape), file.tell())
+    return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def open_h5(path: Path) -> Stack:
@@ -126,17 +146,13 @@ def open_h5(path: Path) -> Stack:
 
     def array(key: str) -> Array:
         with h5py.File(path, "r") as file:
-            held = _dataset(file, key)
-            if held.dtype.kind not in "fiu" or held.shape is None:
-                raise Malformed(f"its {key!r} holds {held.dtype}, not numbers")
-            if held.is_virtual or held.external:
-                raise Malformed(f"its {key!r} lies in other files, which are not opened")
+            held = h5_dataset(file, key)
             return Array(tuple(held.shape), held.dtype, rows(key))
 
     def rows(key: str) -> Rows:
         def read(start: int, stop: int) -> np.ndarray:
             with h5py.File(path, "r") as file:
-                return _dataset(file, key)[start:stop]
+                return h5_dataset(file, key)[start:stop]
 
         return read
 
@@ -146,8 +162,31 @@ def open_h5(path: Path) -> Stack:
     return Stack(array(points), None if normals is None else array(normals))
 
 
-def _dataset(file: h5py.File, key: str) -> h5py.Dataset:
-    return cast("h5py.Dataset", file[key])  # nothing else was chosen from
+def h5_dataset(file: h5py.File, key: str) -> h5py.Dataset:
+    """An array of numbers that lies in the file itself, and is no larger than the file can hold.
+
+    Raises:
+        Malformed: If there is none.
+    """
+    import h5py
+
+    if not isinstance(file.get(key, getlink=True), h5py.HardLink):
+        raise Malformed(f"its {key!r} is missing, or lies in another file, which is not opened")
+    held = file[key]
+    if not isinstance(held, h5py.Dataset) or held.dtype.kind not in "fiu" or held.shape is None:
+        raise Malformed(f"its {key!r} holds {getattr(held, 'dtype', 'a group')}, not numbers")
+    if held.is_virtual or held.external:
+        raise Malformed(f"its {key!r} lies in other files, which are not opened")
+    stored, size = held.id.get_storage_size(), math.prod(held.shape) * held.dtype.itemsize
+    if size > DENSEST * stored:
+        raise Malformed(
+            f"its {key!r} of shape {held.shape} takes {size:,} bytes, {stored:,} are there"
+        )
+    if held.chunks and math.prod(held.chunks) * held.dtype.itemsize > LIMIT:
+        raise Malformed(
+            f"the chunks {held.chunks} of its {key!r} take more than {LIMIT >> 20:,} MiB"
+        )
+    return held
 
 
 def _keys(names: Iterable[str]) -> tuple[str, str | None]:
@@ -168,6 +207,10 @@ def _npy_header(file: BinaryIO, size: int) -> tuple[tuple[int, ...], bool, np.dt
     """Shape, order and type of an array, which is known to be there in full; leaves the file at
     its first value."""
     major = np.lib.format.read_magic(file)[0]
+    start = file.tell()
+    if int.from_bytes(file.read(2 if major == 1 else 4), "little") > size:
+        raise Malformed("it is cut off in its header")
+    file.seek(start)
     header: Callable[[BinaryIO], tuple[tuple[int, ...], bool, np.dtype]] = (
         np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
     )

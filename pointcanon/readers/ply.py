@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 from pointcanon.readers.geometry import Cloud, Malformed, Mesh, fans, float_array
 from pointcanon.readers.text import named_cloud, rows_of
 
-__all__ = ["parse_ply"]
+__all__ = ["encode_ply", "parse_ply"]
 
 _TYPES = {
     "char": "i1",
@@ -240,3 +240,25 @@ def _cut_off(element: _Element) -> Malformed:
     return Malformed(
         f"it is cut off: {element.count:,} rows of {element.name} are announced, fewer follow"
     )
+
+
+def encode_ply(columns: Mapping[str, np.ndarray]) -> bytes:
+    """A binary file of points with these properties, in this order.
+
+    Args:
+        columns: Arrays ``(N,)`` of 8 to 32-bit integers or of floats, such as ``x``, ``y``, ``z``
+            and ``label``; each is written in its own type.
+    """
+    names = {item: name for name, item in reversed(_TYPES.items())}  # char rather than int8
+    layout = [(name, values.dtype.newbyteorder("<")) for name, values in columns.items()]
+    rows = np.empty(len(next(iter(columns.values()))), layout)
+    for name, values in columns.items():
+        rows[name] = values
+    header = [
+        "ply",
+        "format binary_little_endian 1.0",
+        f"element vertex {len(rows)}",
+        *(f"property {names[kind.str[1:]]} {name}" for name, kind in layout),
+        "end_header\n",
+    ]
+    return "\n".join(header).encode() + rows.tobytes()

@@ -10,13 +10,18 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pointcanon.classes import MODELNET40_CLASSES, SHAPENET_PART_CATEGORIES
+from pointcanon.classes import (
+    MODELNET40_CLASSES,
+    SHAPENET_PART_CATEGORIES,
+    SHAPENET_PART_PARTS,
+)
 from pointcanon.predictors.dgcnn import DGCNN, DGCNNParts
 from pointcanon.predictors.public.layout import Layout, Origin, numbered, width
 
 __all__ = ["DGCNN_CLASSIFIER", "DGCNN_PARTS"]
 
-SHAPENET_PART = Origin("y-up", "unit-ball", SHAPENET_PART_CATEGORIES)
+SHAPENET_PART = Origin("y-up", "unit-ball", SHAPENET_PART_CATEGORIES, SHAPENET_PART_PARTS)
+ONE_CATEGORY = Origin("y-up", "unit-ball", SHAPENET_PART_CATEGORIES)
 
 
 def _layer(ours: str, theirs: str) -> dict[str, str]:
@@ -78,7 +83,7 @@ DGCNN_PARTS = Layout(
     },
     build=_parts,
     # all parts, or those of one category, of which there are 2 to 6
-    origins=dict.fromkeys((50, *range(2, 7)), SHAPENET_PART),
+    origins={50: SHAPENET_PART, **dict.fromkeys(range(2, 7), ONE_CATEGORY)},
     twins={
         **{f"bn{i}": f"conv{i}.1" for i in range(1, 11)},
         **{f"transform_net.bn{i}": f"transform_net.conv{i}.1" for i in (1, 2)},

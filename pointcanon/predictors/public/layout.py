@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pointcanon import checkpoint
 from pointcanon.errors import CheckpointError
-from pointcanon.predictors.base import PartPredictor, Predictor
+from pointcanon.predictors.base import TRAINED_ON, PartPredictor, Predictor
 
 __all__ = ["Layout", "Origin", "Weights", "numbered", "read_weights", "width"]
 
@@ -44,6 +44,7 @@ class Origin:
     coordinate_frame: str
     normalisation: str
     classes: tuple[str, ...] | None
+    parts: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,16 @@ class Layout:
             raise CheckpointError(f"its files nest the weights under {self.wrapper!r}")
         state = self._without_twins({key: _as_matrix(value) for key, value in file.tensors.items()})
         try:
-            network = self.build(state)
-            if untold:
-                network = type(network)(**{**network.hyperparameters, **untold})
+            with checkpoint.Allowance(state.values()):
+                network = self.build(state)
+                if untold:
+                    network = type(network)(**{**network.hyperparameters, **untold})
         except KeyError as error:
             found = ", ".join(sorted(file.tensors)[:3])
             raise CheckpointError(f"missing {error.args[0]} among {found}, ...") from error
         except IndexError as error:
             raise CheckpointError("a weight has too few dimensions") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(str(error)) from error
         ours = network.state_dict()
         theirs = {self._public_name(name): name for name in ours}
@@ -124,9 +126,8 @@ class Layout:
         outputs = network.num_parts if isinstance(network, PartPredictor) else network.num_classes
         origin = self.origins.get(outputs)
         if origin is not None:
-            network.coordinate_frame = origin.coordinate_frame
-            network.normalisation = origin.normalisation
-            network.classes = origin.classes
+            for name in TRAINED_ON:
+                setattr(network, name, getattr(origin, name))
 
 
 def numbered(ours: str, theirs: str, count: int, shift: int = 1) -> dict[str, str]:
@@ -163,11 +164,15 @@ def read_weights(path: str | Path) -> Weights:
             break
         wrapper, content = wrapper or nested, content[nested]
     if not isinstance(content, Mapping) or not _is_state(content):
-        found = ", ".join(map(str, list(content)[:6])) if isinstance(content, Mapping) else content
+        keys = list(content)[:6] if isinstance(content, Mapping) else []
+        found = ", ".join(key[:40] for key in keys if isinstance(key, str))
         raise CheckpointError(
             f"{path} holds no state dictionary (found {type(content).__name__}: {found}); "
             "save the weights with torch.save(network.state_dict(), path)"
         )
+    partial = [key for key, value in content.items() if not checkpoint.is_whole(value)]
+    if partial:
+        raise CheckpointError(f"{path}: {partial[0]} is no plain tensor; save dense weights")
     prefix = "module." if all(key.startswith("module.") for key in content) else ""
     return Weights({key.removeprefix(prefix): value for key, value in content.items()}, wrapper)
 
@@ -180,11 +185,11 @@ def _is_state(content: Mapping[object, object]) -> bool:
 
 def _is_training_state(path: str | Path) -> bool:
     """Whether Lightning wrote the file to go on from, found without unpickling anything."""
+    pickles = [name for name in checkpoint.check_archive(path) if name.endswith("/data.pkl")]
     try:
         with ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             return any(LIGHTNING_KEY in archive.read(name) for name in pickles)
-    except (OSError, BadZipFile):
+    except Exception:  # no archive, or a damaged one: torch says so
         return False
 
 

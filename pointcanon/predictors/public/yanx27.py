@@ -11,7 +11,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pointcanon.classes import MODELNET10_CLASSES, MODELNET40_CLASSES, SHAPENET_PART_CATEGORIES
+from pointcanon.classes import (
+    MODELNET10_CLASSES,
+    MODELNET40_CLASSES,
+    SHAPENET_PART_CATEGORIES,
+    SHAPENET_PART_PARTS,
+)
 from pointcanon.predictors.pointnet import PointNetParts
 from pointcanon.predictors.pointnet2 import PointNet2, PointNet2Parts, Scales
 from pointcanon.predictors.public import fxia22
@@ -33,7 +38,7 @@ MODELNET = {
     10: Origin("y-up-mirrored", "unit-ball", MODELNET10_CLASSES),
 }
 
-SHAPENET_PART = {50: Origin("y-up", "unit-ball", SHAPENET_PART_CATEGORIES)}
+SHAPENET_PART = {50: Origin("y-up", "unit-ball", SHAPENET_PART_CATEGORIES, SHAPENET_PART_PARTS)}
 
 # PointNet -----------------------------------------------------------------------------------------
 

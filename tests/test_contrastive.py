@@ -1,0 +1,123 @@
+"""Optimised canonicalization with the contrastive loss: any network chooses the pose of an orbit.
+
+What every canonicalizer owes is asked of it in test_canonicalizers.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pointcanon import rotations, testing
+from pointcanon.canonicalizers import PCA, Canonicalizer, Contrastive, Orbit, VectorNeuron
+from pointcanon.errors import InputError
+from pointcanon.losses import contrastive_loss, prior_loss
+from pointcanon.predictors import PointNet
+from pointcanon.priors import Aligned
+from pointcanon.rotations import product
+
+
+class Counting(nn.Module):
+    """Moments of a cloud, and how often it was asked."""
+
+    calls = 0
+
+    def forward(self, points: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.cat((points.pow(3).mean(dim=1), points.abs().mean(dim=1)), dim=1)
+
+
+def test_weights_are_those_of_the_energies_and_the_orbit_is_one_batch() -> None:
+    torch.manual_seed(0)
+    network, points = Counting(), 5 * testing.generic_clouds(4, 30, dtype=torch.float64)
+    module = Contrastive(network, PCA(24), width=6, temperature=0.2, choice="soft").double()
+    frames = module(points)
+    assert network.calls == 1
+    posed = PCA(24)(points).apply(points)
+    posed = posed / posed.norm(dim=-1).amax(dim=2)[..., None, None]
+    answers = torch.stack([network(poses) for poses in posed])
+    energies = -torch.cosine_similarity(answers, module.target.expand_as(answers), dim=-1)
+    torch.testing.assert_close(frames.embeddings, answers)
+    torch.testing.assert_close(frames.weights, (-energies / 0.2).softmax(dim=1))
+    torch.testing.assert_close(frames.rotations, PCA(24)(points).rotations)
+
+
+def test_the_hard_choice_is_the_best_with_a_gradient_to_all() -> None:
+    torch.manual_seed(0)
+    points, network = testing.generic_clouds(4, 30, dtype=torch.float64), Counting()
+    module = Contrastive(network, width=6).double()
+    soft = Contrastive(network, width=6, choice="soft").double()
+    soft.load_state_dict(module.state_dict())
+    hard, orbit = module(points), soft(points)
+    assert (hard.count, orbit.count) == (1, 24)
+    assert torch.equal(hard.rotations, orbit.best().rotations)
+    (stage,) = hard.stages
+    torch.testing.assert_close(stage.weights, orbit.weights)
+    mean = (orbit.weights[..., None, None] * orbit.rotations).sum(dim=1, keepdim=True)
+    for row, column in ((0, 1), (2, 2)):
+        entry = hard.rotations[..., row, column].sum(), mean[..., row, column].sum()
+        (found,) = torch.autograd.grad(entry[0], module.target, retain_graph=True)
+        (wanted,) = torch.autograd.grad(entry[1], soft.target, retain_graph=True)
+        assert found.any()
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("network", "proposal"),
+    [
+        (PointNet(7, widths=(8, 8), embedding=16), PCA(4)),
+        (PointNet(7, widths=(8, 8), embedding=16), Orbit(VectorNeuron(k=8), "T")),
+        (Counting(), PCA(4)),
+    ],
+    ids=["predictor", "learned proposal", "foreign"],
+)
+def test_any_network_and_any_proposal_will_do(network: nn.Module, proposal: Canonicalizer) -> None:
+    torch.manual_seed(0)
+    width = 6 if isinstance(network, Counting) else None
+    module = Contrastive(network, proposal, width).double()
+    testing.assert_equivariant(module, testing.generic_clouds(10, 40, dtype=torch.float64))
+
+
+def test_it_learns_the_pose_of_its_data() -> None:
+    """From one shape: its answers come apart, and the pose of the data wins in every position."""
+    torch.manual_seed(0)
+    shape = testing.generic_clouds(1, 64)
+    (axes,) = PCA(1)(shape).rotations[:, 0]
+    shape = (shape - shape.mean(dim=1)) @ axes  # so that the right pose is among the candidates
+    module = Contrastive(PointNet(16, widths=(16, 32), embedding=32))
+    optimizer = torch.optim.Adam(module.parameters(), 5e-3)
+    for _ in range(30):
+        turn = rotations.random_rotations(4)
+        frames = module(product(shape, turn.mT))
+        assert frames.embeddings is not None
+        loss = contrastive_loss(frames.embeddings) + prior_loss(frames, Aligned(5.0), turn)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    module.eval()
+    turn = rotations.random_rotations(50)
+    frames = module(product(shape, turn.mT))
+    assert rotations.geodesic_angle(frames.rotations[:, 0], turn).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"network": len}, "network is a builtin_function_or_method; pass a torch.nn.Module"),
+        ({"network": Counting()}, "width is None; say how many numbers Counting answers"),
+        ({"network": Counting(), "width": 0}, "width is 0"),
+        ({"network": Counting(), "width": 6, "temperature": 0.0}, "choose a positive number"),
+        ({"network": Counting(), "width": 6, "choice": "best"}, "choose 'hard' or 'soft'"),
+    ],
+)
+def test_bad_options_are_one_clear_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Contrastive(**options)
+
+
+def test_an_answer_of_another_width_is_named() -> None:
+    with pytest.raises(InputError, match=r"answered \(48, 6\).*expected \(48, 8\)"):
+        Contrastive(Counting(), width=8)(testing.generic_clouds(2, 30))

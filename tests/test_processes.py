@@ -1,0 +1,179 @@
+"""Two processes do what one does: the steps of training, validation, and evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pointcanon import checkpoint
+from pointcanon.canonicalizers import PCA
+from pointcanon.cli import main
+from pointcanon.datasets.collate import collate
+from pointcanon.datasets.parametric import ParametricShapes
+from pointcanon.eval.scores import Tally, tally_for
+from pointcanon.model import Canonicalized
+from pointcanon.predictors import create
+from pointcanon.train.run import train
+
+TINY = [
+    "--data.name=parametric-shapes",
+    "--data.num_points=48",
+    "--data.size=64",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu",
+]
+
+
+def as_one_of(
+    rank: int, world: int, port: int, work: Callable[[list[str]], Any], arguments: list[str]
+) -> None:
+    """Work as torchrun would have it, with 33 clouds to validate on and 13 to test on."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    if world > 1:
+        os.environ.update({name: str(value) for name, value in told.items()})
+    torch.set_num_threads(1)
+    sizes = {"val": 33, "test": 13}
+    whole = ParametricShapes.__len__
+    ParametricShapes.__len__ = lambda shapes: sizes.get(shapes.split) or whole(shapes)  # type: ignore[method-assign]
+    raise SystemExit(0 if work(arguments) in (0, None) else 1)
+
+
+def trained(arguments: list[str]) -> None:
+    train(arguments)
+
+
+def together(world: int, work: Callable[[list[str]], Any], arguments: list[str]) -> None:
+    """Do it in so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pointcanon.train.run"])
+    group = [
+        context.Process(target=as_one_of, args=(rank, world, port, work, arguments))
+        for rank in range(world)
+    ]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(timeout=1200)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in group] == [0] * world
+
+
+def validations(folder: Path) -> list[list[float]]:
+    rows = csv.DictReader((folder / "logs" / "version_0" / "metrics.csv").open())
+    figures = ("val/accuracy", "val/loss")
+    return [[float(row[name]) for name in figures] for row in rows if row["val/accuracy"]]
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("predictor") / "predictor.safetensors"
+    shapes = ParametricShapes("train", num_points=48)
+    torch.manual_seed(0)
+    network = create("pointnet", num_classes=len(shapes.classes), embedding=16, widths=[8, 16])
+    frame = str(shapes.coordinate_frame)
+    card = checkpoint.Card("predictor", frame, tuple(shapes.classes), "unit-ball")
+    checkpoint.save(path, network, card)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eval_batch_size", [1, 8, 64])
+def test_two_processes_train_as_one_does(
+    eval_batch_size: int, predictor: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""\
+model:
+  predictor: {predictor}
+  trained: canonicalizer
+  canonicalizer:
+    class_path: pointcanon.canonicalizers.Steerable
+    init_args: {{channels: 4, layers: 1, k: 8, num_points: 24}}
+  prior: {{class_path: pointcanon.priors.Aligned}}
+  augmentation: vnn
+"""
+    )
+    arguments = [*TINY, f"--config={recipe}", "--trainer.max_epochs=3"]
+    arguments += [f"--data.eval_batch_size={eval_batch_size}", "--trainer.gradient_clip_val=1.0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    together(1, trained, [*arguments, f"--output={one}", "--data.batch_size=16"])
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=8"]
+    together(2, trained, [*arguments, f"--output={two}", *ddp])
+    alone, shared = (
+        torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (one, two)
+    )
+    before = checkpoint.load_state(predictor)
+    moved = [key for key in alone if not key.startswith("model.predictor")]
+    assert all(torch.equal(shared[f"model.predictor.{key}"], before[key]) for key in before)
+    for key in moved:
+        assert torch.allclose(alone[key], shared[key], rtol=1e-4, atol=1e-5), key
+    assert validations(two) == [pytest.approx(row, rel=1e-4) for row in validations(one)]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_what_several_count_adds_up(parts: bool) -> None:
+    shapes = ParametricShapes("test", num_points=48)
+    outputs = len(shapes.parts) if parts else len(shapes.classes)
+    batches = [collate([shapes[i] for i in range(first, first + 3)]) for first in (0, 100, 200)]
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 48, outputs) if parts else (3, outputs)
+    answers = [[torch.randn(shape, generator=generator) for _ in range(3)] for _ in batches]
+
+    def counted(*chosen: int) -> Tally:
+        tally = tally_for(shapes, 3, parts=parts, restricted=True)
+        for index in chosen:
+            tally.update(answers[index], batches[index])
+        return tally
+
+    whole, joined = counted(0, 1, 2), counted(0, 2)
+    joined.join(counted(1))
+    assert joined.flips() == whole.flips() > 0
+    for found, expected in zip(
+        (joined.scores(0), joined.scores(1)), (whole.scores(0), whole.scores(1)), strict=True
+    ):
+        assert found.figures == pytest.approx(expected.figures, rel=1e-12)
+        present = [name for name, share in expected.per_class.items() if share is not None]
+        assert present == [name for name, share in found.per_class.items() if share is not None]
+        for name in present:
+            assert found.per_class[name] == pytest.approx(expected.per_class[name], rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("kind", ["pointnet", "pointnet-parts"])
+def test_two_processes_evaluate_as_one_does(kind: str, batch_size: int, tmp_path: Path) -> None:
+    shapes = ParametricShapes("test", num_points=48)
+    torch.manual_seed(0)
+    outputs = {"num_classes": len(shapes.classes)} if kind == "pointnet" else {}
+    if kind != "pointnet":
+        outputs = {"num_parts": len(shapes.parts), "num_categories": len(shapes.classes)}
+    model = Canonicalized(create(kind, **outputs), PCA(4)).eval()
+    file = tmp_path / "model.safetensors"
+    model.save(file, classes=tuple(shapes.classes), coordinate_frame=str(shapes.coordinate_frame))
+    found = []
+    for world in (1, 2):
+        report = tmp_path / f"{world}.json"
+        arguments = ["eval", str(file), "--data.name=parametric-shapes", "--data.num_points=48"]
+        arguments += ["--protocol", "z/SO3", "--seeds", "0,1", "--json", str(report)]
+        together(world, main, [*arguments, "--batch_size", str(batch_size)])
+        found.append(json.loads(report.read_text()))
+    for report in found:
+        report.pop("timing")
+        assert report["n"] == 13
+    assert found[0] == found[1]
