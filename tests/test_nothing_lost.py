@@ -5,12 +5,14 @@ goes on to the weights of an undisturbed run, bit for bit.
 from __future__ import annotations
 
 import errno
+import itertools
 import multiprocessing
 import os
 import pickle
 import random
 import signal
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -290,16 +292,30 @@ def train_alone(arguments: list[str]) -> None:
 
 def die_while_writing(nth: int, arguments: list[str]) -> None:
     """Train in this process, which kills itself when half of the nth state is written."""
-    writes = 0
 
     def replace(path: Path, content: bytes, durable: bool) -> None:
-        nonlocal writes
-        writes += path.name == "last.ckpt"
-        if writes == nth:
+        if path.name == "last.ckpt" and next(states) == nth:
             path.with_name(f".{path.name}.0.tmp").write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         REPLACE(path, content, durable)
 
+    states = itertools.count(1)
+    files._replace = replace
+    train_alone(arguments)
+
+
+def die_some_time_after(nth: int, seconds: float, arguments: list[str]) -> None:
+    """Train in this process, which kills itself some time after the nth state, or its start."""
+
+    def replace(path: Path, content: bytes, durable: bool) -> None:
+        REPLACE(path, content, durable)
+        if path.name == "last.ckpt" and next(states) == nth:
+            killer.start()
+
+    states = itertools.count(1)
+    killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    if nth == 0:
+        killer.start()
     files._replace = replace
     train_alone(arguments)
 
@@ -310,52 +326,33 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(workers: int, tmp_
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pointcanon.train.run", "torch.utils.tensorboard"])
     arguments = [*TINY, "--data.size=640", f"--data.num_workers={workers}"]
-    arguments += ["--trainer.max_epochs=3", "--save_interval=0"]
+    arguments += ["--trainer.max_epochs=4", "--save_interval=0"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
-    def saved(folder: Path) -> int:
-        state = folder / "last.ckpt"
-        return state.stat().st_mtime_ns if state.exists() else 0
+    def in_a_process(work: Callable[..., None], *options: Any) -> int | None:
+        process = context.Process(target=work, args=options)
+        process.start()
+        process.join()
+        return process.exitcode
 
-    def begun(folder: Path, before: int) -> float:
-        """Wait until the training takes its first steps."""
-        while process.is_alive() and saved(folder) == before:
-            time.sleep(0.01)
-        return time.monotonic()
-
-    process = context.Process(target=train_alone, args=([*arguments, f"--output={whole}"],))
-    process.start()
-    started = begun(whole, 0)
-    process.join()
-    seconds = time.monotonic() - started
-    expected = learned(whole)
-
+    assert in_a_process(train_alone, [*arguments, f"--output={whole}"]) == 0
+    arguments += [f"--output={broken}"]
+    state, best = broken / "last.ckpt", broken / "best.safetensors"
     chance = random.Random(workers)
     for kill in range(KILLS):
-        before = saved(broken)
-        resumed = ["--resume"] if before else []
-        now = [*arguments, f"--output={broken}", *resumed]
-        if kill % 4 == 3:
-            process = context.Process(target=die_while_writing, args=(chance.randint(1, 3), now))
-            process.start()
+        now = [*arguments, *(["--resume"] if state.exists() else [])]
+        if kill % 3 == 0:
+            code = in_a_process(die_while_writing, chance.randint(1, 4), now)
+        elif kill % 3 == 1:
+            soon = chance.randint(1, 4), 0.03 * chance.random()
+            code = in_a_process(die_some_time_after, *soon, now)
         else:
-            process = context.Process(target=train_alone, args=(now,))
-            process.start()
-            if kill % 4:  # else before, while it starts
-                begun(broken, before)
-            time.sleep(chance.uniform(0, seconds / KILLS))
-            process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, f"it was over before kill {kill}"
-        if saved(broken):
-            StateFile().load_checkpoint(broken / "last.ckpt")
-        if (broken / "best.safetensors").exists():
-            checkpoint.load_state(broken / "best.safetensors")
-    process = context.Process(
-        target=train_alone, args=([*arguments, f"--output={broken}", "--resume"],)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert difference(learned(broken), expected) is None
+            code = in_a_process(die_some_time_after, 0, 0.3 * chance.random(), now)
+        assert code == -signal.SIGKILL, f"it was over before kill {kill}"
+        if state.exists():
+            StateFile().load_checkpoint(state)
+        if best.exists():
+            checkpoint.load_state(best)
+    assert in_a_process(train_alone, [*arguments, "--resume"]) == 0
+    assert difference(learned(broken), learned(whole)) is None
     assert not list(broken.glob(".*.tmp"))
