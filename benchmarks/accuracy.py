@@ -3,10 +3,13 @@
     python benchmarks/accuracy.py demo
     python benchmarks/accuracy.py modelnet40 --root DATA --predictor POINTNET \\
         --model "\\`Optimized\\`=runs/optimized/best.safetensors"
+    python benchmarks/accuracy.py shapes-parts --predictor PARTS \\
+        --model "\\`Optimized\\`=runs/shapes-pointnet-parts-canonicalizer/best.safetensors"
 
-``demo`` trains from nothing, as ``pointcanon demo`` does, in minutes. ``modelnet40`` evaluates a
-frozen predictor alone and behind canonicalizers that were trained for it, on the official test
-split, as ``pointcanon eval --protocol I/SO3`` does.
+``demo`` trains from nothing, as ``pointcanon demo`` does, in minutes. The others evaluate a frozen
+predictor alone and behind canonicalizers, on the official test split of ModelNet40 or on the parts
+of the parametric shapes, as ``pointcanon eval --protocol I/SO3`` does. A model is a checkpoint, or
+the name of a canonicalizer to put before the predictor, such as ``modelnet40``.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from pointcanon import datasets
+from pointcanon.canonicalizers.pretrained import PRETRAINED
 from pointcanon.cli import main as pointcanon
-from pointcanon.cli.options import open_checkpoint
+from pointcanon.cli.options import open_model
 from pointcanon.eval.evaluate import evaluate
 from pointcanon.eval.report import to_json
 
@@ -32,9 +36,21 @@ def share(figure: float, deviation: float | None = None) -> str:
     return f"{100 * figure:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
 
 
-def both(figures: dict[str, float], deviations: dict[str, float] | None = None) -> str:
-    """Overall and mean class accuracy."""
-    names = ("overall_accuracy", "mean_class_accuracy")
+PAIRS = {
+    "overall / mean class accuracy %": ("overall_accuracy", "mean_class_accuracy"),
+    "instance / class mIoU %": ("instance_miou", "class_miou"),
+}
+"""What a table shows, by its heading."""
+
+
+def pair(report: Report) -> str:
+    """The heading that goes with a report."""
+    return next(heading for heading, names in PAIRS.items() if names[0] in report["aligned"])
+
+
+def both(
+    names: tuple[str, str], figures: dict[str, float], deviations: dict[str, float] | None = None
+) -> str:
     return " / ".join(share(figures[name], deviations and deviations[name]) for name in names)
 
 
@@ -59,10 +75,10 @@ def demo_rows(report: Report) -> list[str]:
 
 def frozen_row(name: str, report: Report) -> str:
     """Of a predictor alone, or behind the canonicalizer of that name."""
-    alone = report["bare"] is None
+    alone, names = report["bare"] is None, PAIRS[pair(report)]
     accuracies = (
-        both(report["aligned"]),
-        both(report["metrics"], report["metrics_sd"]),
+        both(names, report["aligned"]),
+        both(names, report["metrics"], report["metrics_sd"]),
     )
     time = f"{report['timing']['total_ms']:.0f} ms"
     if alone:
@@ -70,7 +86,7 @@ def frozen_row(name: str, report: Report) -> str:
     return row(
         f"behind {name}",
         *accuracies,
-        share(report["aligned_tax"]["overall_accuracy"]),
+        share(report["aligned_tax"][names[0]]),
         f"{100 * report['invariance']['prediction_flip_rate']:.2f} %",
         str(report["frames"]["count"]),
         time,
@@ -87,35 +103,50 @@ def demo(seed: int) -> Report:
         return json.loads(file.read_text())
 
 
-def frozen(root: Path, checkpoint: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> Report:
-    """Evaluate as ``pointcanon eval`` does."""
-    data = datasets.load("modelnet40", root, "test", num_points=1024)
-    model = open_checkpoint(checkpoint)
-    return to_json(evaluate(model, data, "I/SO3", seeds=seeds, batch_size=64, progress=True))
+def frozen(
+    root: Path | None,
+    checkpoint: Path,
+    canonicalizer: str | None = None,
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    limit: int | None = None,
+) -> Report:
+    """Evaluate as ``pointcanon eval`` does, on ModelNet40 or, without a root, on the shapes."""
+    if root is None:
+        data = datasets.load("parametric-shapes", None, "test", num_points=256)
+    else:
+        data = datasets.load("modelnet40", root, "test", num_points=1024)
+    model = open_model(checkpoint, canonicalizer)
+    options: dict[str, Any] = {"seeds": seeds, "batch_size": 64, "limit": limit, "progress": True}
+    return to_json(evaluate(model, data, "I/SO3", **options))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", choices=("demo", "modelnet40"))
+    parser.add_argument("table", choices=("demo", "modelnet40", "shapes-parts"))
     parser.add_argument("--seed", type=int, default=0, help="of the demo's trainings")
     parser.add_argument("--root", type=Path, help="folder of ModelNet40")
     parser.add_argument("--predictor", type=Path, help="the weights of the frozen predictor")
-    parser.add_argument("--model", action="append", default=[], help="NAME=CHECKPOINT")
+    parser.add_argument(
+        "--model", action="append", default=[], help="NAME=CHECKPOINT or NAME=CANONICALIZER"
+    )
     options = parser.parse_args()
     if options.table == "demo":
         print("\n".join(demo_rows(demo(options.seed))))
         return
-    if options.root is None or options.predictor is None:
-        parser.error("modelnet40 needs --root and --predictor")
+    if options.predictor is None or (options.root is None) != (options.table == "shapes-parts"):
+        parser.error("modelnet40 needs --root and --predictor, shapes-parts --predictor alone")
+    report = frozen(options.root, options.predictor)
     columns = ("as they come", "under SO(3)", "tax", "flips", "frames", "time a cloud")
-    print(row("overall / mean class accuracy %", *columns))
+    print(row(pair(report), *columns))
     print("|---|---|---|---|---|---|---|")
-    print(frozen_row("PointNet alone", frozen(options.root, options.predictor)))
+    print(frozen_row("PointNet alone", report), flush=True)
     for named in options.model:
-        name, _, checkpoint = named.partition("=")
-        print(frozen_row(name, frozen(options.root, Path(checkpoint))), flush=True)
+        name, _, model = named.partition("=")
+        parts = (options.predictor, model) if model in PRETRAINED else (Path(model),)
+        print(frozen_row(name, frozen(options.root, *parts)), flush=True)
 
 
 if __name__ == "__main__":

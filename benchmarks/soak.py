@@ -30,7 +30,7 @@ from measure import cost, in_a_process
 
 import pointcanon as pc
 from pointcanon import testing
-from pointcanon.canonicalizers import PCA, Identity, Manhattan, Steerable, VectorNeuron
+from pointcanon.canonicalizers import PCA, Identity, Manhattan, Steerable, VectorNeuron, pretrained
 from pointcanon.predictors import create
 
 CANONICALIZERS: dict[str, Callable[[], pc.canonicalizers.Canonicalizer]] = {
@@ -41,6 +41,7 @@ CANONICALIZERS: dict[str, Callable[[], pc.canonicalizers.Canonicalizer]] = {
     "VectorNeuron, small": VectorNeuron,
     "VectorNeuron, large": lambda: VectorNeuron("large"),
     "Steerable": Steerable,
+    "Optimized, trained": lambda: pretrained.load("modelnet40"),
 }
 
 

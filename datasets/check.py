@@ -9,18 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pointcanon.datasets import modelnet_layouts, shapenet_part_layouts
+from pointcanon.datasets import (
+    modelnet40_c,
+    modelnet_layouts,
+    scan_object_nn,
+    shapenet_part_layouts,
+)
+from pointcanon.datasets.modelnet40_c import ModelNet40CFiles
 from pointcanon.datasets.modelnet_layouts import Layout, Ref
 from pointcanon.datasets.rna import RnaFile, rna_file_at
-from pointcanon.datasets.shapenet_part_layouts import PartLayout
+from pointcanon.datasets.scan_object_nn import ScanObjectNNFiles
+from pointcanon.datasets.shapenet_part_layouts import PartLayout, PygLayout
 from pointcanon.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["DataReport", "Place", "check"]
+__all__ = ["LAYOUTS", "DataReport", "Place", "check"]
 
-Reader = Layout | PartLayout | RnaFile
+LAYOUTS = (*modelnet_layouts.LAYOUTS, PygLayout.name, RnaFile.name, ModelNet40CFiles.name)
+"""Names of the layouts there are."""
+
+Reader = Layout | PartLayout | RnaFile | ScanObjectNNFiles | ModelNet40CFiles
 Scan = Iterator[tuple[Ref, bytes | DataError]]
 
 
@@ -39,8 +49,9 @@ class DataReport:
 
     Attributes:
         root: The folder of the layout.
-        dataset: ``"ModelNet40"``, ``"ModelNet10"``, ``"ShapeNetPart"`` or ``"RNA"``.
-        layout: ``"h5"``, ``"off"``, ``"txt"``, ``"pyg"`` or ``"npz"``.
+        dataset: ``"ModelNet40"``, ``"ModelNet10"``, ``"ModelNet40-C"``, ``"ShapeNetPart"``,
+            ``"ScanObjectNN"`` and its variant, or ``"RNA"``.
+        layout: One of :data:`LAYOUTS`.
         coordinate_frame: Name of the frame of its files.
         counts: Readable clouds by official split and class.
         missing: By split, what should be there and is not: listed files, classes without meshes.
@@ -110,7 +121,7 @@ class DataReport:
             yield f"  {error}"
 
 
-def check(root: str | Path, layout: str | None = None) -> DataReport:
+def check(root: str | Path, layout: str | None = None, variant: str | None = None) -> DataReport:
     """Read all of the data set at ``root``, whichever it is, in whichever of its layouts.
 
     Every file is opened and every cloud looked at, one file in memory at a time; a file or cloud
@@ -119,27 +130,40 @@ def check(root: str | Path, layout: str | None = None) -> DataReport:
     Args:
         root: The folder of a layout, or its parent.
         layout: Which one, where the root holds several.
+        variant: Of ScanObjectNN which one, where the root holds several.
 
     Raises:
         DataError: If there is nothing to check, or more than one thing.
         InputError: On an unknown layout.
     """
-    known = (*modelnet_layouts.LAYOUTS, "pyg", RnaFile.name)
-    if layout not in (None, *known):
-        raise InputError(f"unknown layout {layout!r}; choose one of: {', '.join(known)}")
+    if layout not in (None, *LAYOUTS):
+        raise InputError(f"unknown layout {layout!r}; choose one of: {', '.join(LAYOUTS)}")
     found = _readers(root)
-    usable = [reader for reader in found if layout in (None, reader.name)]
+    usable = [
+        reader
+        for reader in found
+        if layout in (None, reader.name) and variant in (None, getattr(reader, "variant", None))
+    ]
     if len(usable) != 1:
-        there = ", ".join(f"{reader.folder} ({reader.name})" for reader in found)
+        there = ", ".join(f"{each.dataset} in {each.folder} ({each.name})" for each in found)
         asked = "" if layout is None else f", not one layout {layout!r}"
-        raise DataError(f"data root {root} holds {there}{asked}; give one of these folders")
+        asked += "" if variant is None else f", not one variant {variant!r}"
+        raise DataError(
+            f"data root {root} holds {there}{asked}; give one of these folders, and the layout or "
+            "variant where it holds several"
+        )
     return _check(usable[0])
 
 
 def _readers(root: str | Path) -> list[Reader]:
     """Of every data set there; that of ModelNet alone says what is wrong with an empty place."""
-    rna = rna_file_at(root)
-    others: list[Reader] = [*shapenet_part_layouts.layouts_at(root), *([rna] if rna else [])]
+    place = Path(root).expanduser()
+    single = (rna_file_at(place), modelnet40_c.files_at(place))
+    others: list[Reader] = [
+        *shapenet_part_layouts.layouts_at(place),
+        *scan_object_nn.files_at(place),
+        *(reader for reader in single if reader is not None),
+    ]
     try:
         return [*modelnet_layouts.layouts_at(root), *others]
     except DataError:

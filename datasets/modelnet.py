@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -23,6 +22,7 @@ from pointcanon.datasets.modelnet_layouts import (
     require_layout,
 )
 from pointcanon.datasets.split import stratified_split
+from pointcanon.datasets.stored import report_missing
 from pointcanon.errors import DataError, InputError
 
 __all__ = ["VALIDATION_FRACTION", "ModelNet10", "ModelNet40"]
@@ -105,7 +105,7 @@ class ModelNet40(Dataset[CloudItem]):
         files, absent = self._reader.files(_OFFICIAL[split], self.class_names)
         self.missing = tuple(absent)
         if absent:
-            _report_missing(self._reader, split, absent, stop=missing == "raise")
+            report_missing(self._reader.folder, split, absent, stop=missing == "raise")
         for path in files:
             self._reader.require(path, num_points, normals)
         refs = [r for path in files for r in self._reader.refs(path) if r.category in self.classes]
@@ -141,8 +141,6 @@ class ModelNet40(Dataset[CloudItem]):
 
     def _posed(self, vectors: np.ndarray) -> Tensor:
         own = torch.tensor(vectors)  # a copy: what a user does to an item stays there
-        if self.coordinate_frame == self.native_frame:
-            return own
         return convert(own, self.native_frame, self.coordinate_frame)
 
     def __repr__(self) -> str:
@@ -178,13 +176,3 @@ def _choose(
             f"or layout=: {there}"
         )
     return exact[0]
-
-
-def _report_missing(reader: Layout, split: str, absent: list[str], stop: bool) -> None:
-    what = (
-        f"{reader.folder} lacks {len(absent):,} of what its split {split!r} should hold "
-        f"(first: {absent[0]})"
-    )
-    if stop:
-        raise DataError(f"{what}; complete it, or pass missing='warn' to go on without")
-    warnings.warn(f"{what}; going on without", stacklevel=3)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -12,15 +14,17 @@ from pointcanon.classes import MODELNET40_CLASSES
 from pointcanon.coordinates import CoordinateFrame, convert
 from pointcanon.coordinates import coordinate_frame as frame_named
 from pointcanon.datasets import CloudItem
-from pointcanon.datasets.modelnet_layouts import Ref
+from pointcanon.datasets.modelnet_layouts import Ref, digest
 from pointcanon.datasets.sampling import drawn_rows
 from pointcanon.datasets.stored import class_labels, finite_points
 from pointcanon.errors import DataError, InputError
+from pointcanon.readers.arrays import npy_array
 
-__all__ = ["ModelNet40C"]
+__all__ = ["ModelNet40C", "ModelNet40CFiles", "files_at"]
 
 _NATIVE_FRAME = frame_named("y-up-mirrored")
 _CLEAN = "original"
+_DEGREES = ("1", "2", "3", "4", "5")
 _KNOWN = "a folder with label.npy and files such as data_gaussian_3.npy, of ModelNet40-C"
 
 
@@ -79,19 +83,19 @@ class ModelNet40C(Dataset[CloudItem]):
         if split != "test":
             raise InputError(f"unknown split {split!r}; ModelNet40-C has 'test' alone")
         _require_variant(variant, self.corruptions)
-        self.folder = _folder_at(Path(root).expanduser())
+        files = files_at(Path(root).expanduser())
+        if files is None:
+            raise DataError(f"no ModelNet40-C at data root {root}; give {_KNOWN}")
+        self.folder = files.folder
         self.name: str = f"ModelNet40-C {variant}"
         self.variant = variant
         self.num_points = num_points
         self.classes = list(MODELNET40_CLASSES)
         self.coordinate_frame = frame_named(coordinate_frame or _NATIVE_FRAME)
-        self._path = self.folder / f"data_{variant}.npy"
+        self._path = files.path(variant)
         self._held: np.ndarray | None = None
         shape = self._clouds().shape
-        if len(shape) != 3 or shape[-1] != 3:
-            raise DataError(f"{self._path} has shape {shape}, expected (n, P, 3)")
-        names = self.folder / "label.npy"
-        self.labels: np.ndarray = class_labels(names, _array(names), shape[0], len(self.classes))
+        self.labels: np.ndarray = _labels(self.folder, shape[0])
         if num_points is not None and not 1 <= num_points <= shape[1]:
             raise InputError(
                 f"num_points is {num_points:,}, but clouds of {self._path} have {shape[1]:,} "
@@ -110,8 +114,7 @@ class ModelNet40C(Dataset[CloudItem]):
         # clouds of some files lie in order, patch by patch: their first points are a part of them
         rows = drawn_rows(len(stored), self.num_points or len(stored), str(index))
         points = finite_points(stored[rows], self.source(index))
-        if self.coordinate_frame != self.native_frame:
-            points = convert(points, self.native_frame, self.coordinate_frame)
+        points = convert(points, self.native_frame, self.coordinate_frame)
         return {"points": points, "label": int(self.labels[index]), "index": index}
 
     def corrupted(self, name: str, severity: int) -> ModelNet40C:
@@ -139,7 +142,7 @@ class ModelNet40C(Dataset[CloudItem]):
 
     def _clouds(self) -> np.ndarray:
         if self._held is None:
-            self._held = _array(self._path)
+            self._held = _mapped(self._path)
         return self._held
 
     def __repr__(self) -> str:
@@ -150,22 +153,74 @@ class ModelNet40C(Dataset[CloudItem]):
         )
 
 
+@dataclass(frozen=True)
+class ModelNet40CFiles:
+    """All of its files, as ``pointcanon data check`` looks at them.
+
+    Attributes:
+        folder: The one that holds them.
+    """
+
+    dataset: ClassVar[str] = "ModelNet40-C"
+    name: ClassVar[str] = "npy"
+    coordinate_frame: ClassVar[str] = _NATIVE_FRAME.name
+    classes: ClassVar[tuple[str, ...]] = MODELNET40_CLASSES
+    splits: ClassVar[tuple[str, ...]] = ("test",)
+
+    folder: Path
+
+    def path(self, variant: str) -> Path:
+        """Where the clouds of a variant should be."""
+        return self.folder / f"data_{variant}.npy"
+
+    def files(self, split: str, classes: Sequence[str]) -> tuple[list[Path], list[str]]:
+        """The files that are there, and the names of those that are not."""
+        corrupted = (f"{name}_{degree}" for name in ModelNet40C.corruptions for degree in _DEGREES)
+        paths = [self.path(variant) for variant in (_CLEAN, *corrupted)]
+        present = [path for path in paths if path.is_file()]
+        return present, [path.name for path in paths if path not in present]
+
+    def scan(self, path: Path) -> Iterator[tuple[Ref, bytes | DataError]]:
+        """Every cloud of a file with a digest of its content, or with what is wrong with it.
+
+        Raises:
+            DataError: If the file as a whole cannot be read.
+        """
+        clouds = _mapped(path)
+        for row, label in enumerate(_labels(self.folder, len(clouds))):
+            ref = Ref(path, row, self.classes[label])
+            yield ref, digest(clouds[row], ref)
+
+
 def _require_variant(variant: str, corruptions: tuple[str, ...]) -> None:
     name, _, severity = variant.rpartition("_")
-    if variant != _CLEAN and not (name in corruptions and severity in ("1", "2", "3", "4", "5")):
+    if variant != _CLEAN and not (name in corruptions and severity in _DEGREES):
         raise InputError(
             f"unknown variant {variant!r}; choose {_CLEAN!r}, or a corruption with a severity from "
             f"1 to 5, such as 'gaussian_3', of: {', '.join(corruptions)}"
         )
 
 
-def _folder_at(root: Path) -> Path:
-    if not root.is_dir():
-        raise DataError(f"data root {root} is no folder; give {_KNOWN}")
-    for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
+def files_at(root: Path) -> ModelNet40CFiles | None:
+    """Those in a folder, or else in one directly inside it."""
+    inside = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else ()
+    for folder in (root, *inside):
         if (folder / "label.npy").is_file() and any(folder.glob("data_*.npy")):
-            return folder
-    raise DataError(f"no ModelNet40-C at data root {root}; give {_KNOWN}")
+            return ModelNet40CFiles(folder)
+    return None
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """Clouds ``(n, P, 3)``."""
+    held = _array(path)
+    if held.ndim != 3 or held.shape[-1] != 3:
+        raise DataError(f"{path} has shape {held.shape}, expected (n, P, 3)")
+    return held
+
+
+def _labels(folder: Path, clouds: int) -> np.ndarray:
+    path = folder / "label.npy"
+    return class_labels(path, _array(path), clouds, len(MODELNET40_CLASSES))
 
 
 def _array(path: Path) -> np.ndarray:
@@ -173,9 +228,6 @@ def _array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"{path.parent} has no {path.name}; fetch it, or choose another variant")
     try:
-        held = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return npy_array(path)
+    except Exception as error:  # NumPy raises whatever a damaged header leads it to
         raise DataError(f"{path} cannot be read, it is damaged or incomplete ({error})") from error
-    if not (isinstance(held, np.ndarray) and held.dtype.kind in "fiu"):
-        raise DataError(f"{path} does not hold an array of numbers")
-    return held

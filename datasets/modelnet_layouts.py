@@ -19,7 +19,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path, PureWindowsPath
@@ -31,9 +31,10 @@ import torch
 
 from pointcanon.classes import MODELNET10_CLASSES, MODELNET40_CLASSES
 from pointcanon.clouds import normalise
-from pointcanon.errors import DataError, InputError, PointcanonError
+from pointcanon.datasets.stored import h5_file
+from pointcanon.errors import DataError, InputError
 from pointcanon.files import atomic_write
-from pointcanon.readers.arrays import h5_dataset, npz_array
+from pointcanon.readers.arrays import npz_array
 
 if TYPE_CHECKING:
     import h5py
@@ -47,6 +48,7 @@ __all__ = [
     "OffLayout",
     "Ref",
     "TxtLayout",
+    "digest",
     "layouts_at",
     "require_layout",
 ]
@@ -172,9 +174,6 @@ class H5Layout(Layout):
     def refs(self, path: Path) -> list[Ref]:
         with _h5_file(path) as file:
             labels = file["label"][...].reshape(-1).astype(np.int64)
-            clouds = len(file["data"])
-        if len(labels) != clouds:
-            raise DataError(f"{path} holds {clouds} clouds but {len(labels)} labels")
         outside = np.flatnonzero((labels < 0) | (labels >= len(self._order)))
         if len(outside):
             row = int(outside[0])
@@ -200,7 +199,7 @@ class H5Layout(Layout):
     def scan(self, path: Path) -> Iterator[tuple[Ref, bytes | DataError]]:
         refs = self.refs(path)
         clouds = _decode(path, "data", slice(None), None)
-        return ((ref, _digest(clouds[i], ref)) for i, ref in enumerate(refs))
+        return ((ref, digest(clouds[i], ref)) for i, ref in enumerate(refs))
 
     def _row(self, ref: Ref, key: str, num_points: int) -> np.ndarray:
         place = (ref.path, key, num_points)
@@ -215,30 +214,8 @@ class H5Layout(Layout):
         return _require_finite(self._decoded[place][ref.row], ref)
 
 
-@contextmanager
-def _h5_file(path: Path) -> Iterator[h5py.File]:
-    """An open ModelNet h5 file whose keys and shapes are the expected ones."""
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            absent = [key for key in ("data", "label") if key not in file]
-            if absent:
-                raise DataError(
-                    f"{path} has no {' and no '.join(map(repr, absent))} (its keys: "
-                    f"{', '.join(file) or 'none'}); a ModelNet h5 file holds 'data' and 'label'"
-                )
-            for key in ("data", "label", *(["normal"] if "normal" in file else [])):
-                shape = h5_dataset(file, key).shape
-                if key != "label" and (len(shape) != 3 or shape[-1] != 3):
-                    raise DataError(f"{path}: {key!r} has shape {shape}, expected (n, P, 3)")
-            yield file
-    except PointcanonError:
-        raise
-    except Exception as error:  # h5py raises whatever a damaged file leads it to
-        raise DataError(
-            f"{path} cannot be read as HDF5, it is damaged or incomplete; fetch it again ({error})"
-        ) from error
+def _h5_file(path: Path) -> AbstractContextManager[h5py.File]:
+    return h5_file(path, "ModelNet", ("normal",))
 
 
 def _decode(path: Path, key: str, rows: slice | int | None, num_points: int | None) -> np.ndarray:
@@ -297,7 +274,7 @@ class OffLayout(Layout):
     def scan(self, path: Path) -> Iterator[tuple[Ref, bytes | DataError]]:
         vertices, faces = _read_off(path)
         ref = self.refs(path)[0]
-        return iter([(ref, _digest(vertices, ref, also=faces.tobytes()))])
+        return iter([(ref, digest(vertices, ref, also=faces.tobytes()))])
 
     def _samples(self, path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
         inside = path.relative_to(self.folder)
@@ -442,7 +419,7 @@ class TxtLayout(Layout):
 
     def scan(self, path: Path) -> Iterator[tuple[Ref, bytes | DataError]]:
         ref = self.refs(path)[0]
-        return iter([(ref, _digest(_read_rows(path, None), ref))])
+        return iter([(ref, digest(_read_rows(path, None), ref))])
 
 
 def _read_rows(path: Path, count: int | None) -> np.ndarray:
@@ -582,7 +559,8 @@ def _require_finite(points: np.ndarray, ref: Ref) -> np.ndarray:
     raise DataError(f"{ref}: point {row} is {points[row].tolist()}, not three finite numbers")
 
 
-def _digest(points: np.ndarray, ref: Ref, also: bytes = b"") -> bytes | DataError:
+def digest(points: np.ndarray, ref: Ref, also: bytes = b"") -> bytes | DataError:
+    """Of the content of a cloud, or the error that a point of it is not finite."""
     try:
         return blake2b(_require_finite(points, ref).tobytes() + also, digest_size=16).digest()
     except DataError as error:

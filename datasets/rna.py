@@ -122,8 +122,7 @@ class RNA(Dataset[CloudItem]):
         rows = drawn_rows(self._points.shape[1], self.num_points, str(self._refs[index].row))
         # neither the unit of length nor the place of the file is left
         points = normalise(torch.tensor(self._points[index], dtype=torch.float32)[None])[0, rows]
-        if self.coordinate_frame != self.native_frame:
-            points = convert(points, self.native_frame, self.coordinate_frame)
+        points = convert(points, self.native_frame, self.coordinate_frame)
         parts = torch.tensor(self._parts[index, rows], dtype=torch.int64)
         return {"points": points, "label": 0, "index": index, "parts": parts}
 

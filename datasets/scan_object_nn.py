@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -15,15 +16,16 @@ from pointcanon.clouds import normalise
 from pointcanon.coordinates import CoordinateFrame, convert
 from pointcanon.coordinates import coordinate_frame as frame_named
 from pointcanon.datasets import CloudItem
-from pointcanon.datasets.modelnet_layouts import Ref
+from pointcanon.datasets.modelnet_layouts import Ref, digest
 from pointcanon.datasets.split import stratified_split
-from pointcanon.datasets.stored import class_labels, finite_points
+from pointcanon.datasets.stored import class_labels, finite_points, h5_file
 from pointcanon.errors import DataError, InputError
+from pointcanon.readers.geometry import LIMIT
 
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["VALIDATION_FRACTION", "VARIANTS", "ScanObjectNN"]
+__all__ = ["VALIDATION_FRACTION", "VARIANTS", "ScanObjectNN", "ScanObjectNNFiles", "files_at"]
 
 VALIDATION_FRACTION = 0.1
 """Share of every class of the official train split that is held out as ``"val"``."""
@@ -120,7 +122,11 @@ class ScanObjectNN(Dataset[CloudItem]):
         self.background = background
         self.classes = list(SCAN_OBJECT_NN_CLASSES)
         self.coordinate_frame = frame_named(coordinate_frame or _NATIVE_FRAME)
-        self._path = place.file(_OFFICIAL[split])
+        self._path = place.path(split)
+        if not self._path.is_file():
+            raise DataError(
+                f"{place.folder} has no {self._path.name}, the {split} clouds of that variant"
+            )
         labels = _labels(self._path, num_points, masked=not background)
         rows = np.arange(len(labels))
         if split in ("train", "val"):
@@ -142,8 +148,7 @@ class ScanObjectNN(Dataset[CloudItem]):
         index = range(len(self))[index]
         ref = self._refs[index]
         points = normalise(finite_points(self._points(ref), str(ref))[None])[0]
-        if self.coordinate_frame != self.native_frame:
-            points = convert(points, self.native_frame, self.coordinate_frame)
+        points = convert(points, self.native_frame, self.coordinate_frame)
         return {"points": points, "label": int(self.labels[index]), "index": index}
 
     def source(self, index: int) -> str:
@@ -152,11 +157,11 @@ class ScanObjectNN(Dataset[CloudItem]):
 
     def _points(self, ref: Ref) -> np.ndarray:
         if self._held is None:
-            with _h5_file(self._path) as file:
+            with _h5_file(self._path, masked=not self.background) as file:
                 # all of them: reading row by row decodes a chunk of a compressed file each time
                 needed = self.num_points if self.background else None
-                mask = None if self.background else _stored(file, "mask")[...] != _BACKGROUND
-                self._held = _stored(file, "data")[:, :needed].astype(np.float32), mask
+                mask = None if self.background else file["mask"][...] != _BACKGROUND
+                self._held = file["data"][:, :needed].astype(np.float32), mask
         clouds, mask = self._held
         if mask is None:
             return clouds[ref.row]
@@ -172,25 +177,55 @@ class ScanObjectNN(Dataset[CloudItem]):
         )
 
 
-class _Place(NamedTuple):
-    """The folder and the end of the names of the two files of a variant."""
+@dataclass(frozen=True)
+class ScanObjectNNFiles:
+    """The two files of a variant, as ``pointcanon data check`` looks at them too.
+
+    Attributes:
+        variant: A key of :data:`VARIANTS`.
+        folder: The one that holds them.
+    """
+
+    name: ClassVar[str] = "h5"
+    coordinate_frame: ClassVar[str] = _NATIVE_FRAME.name
+    classes: ClassVar[tuple[str, ...]] = SCAN_OBJECT_NN_CLASSES
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
 
     variant: str
     folder: Path
-    ending: str
 
-    def file(self, split: str) -> Path:
-        path = self.folder / f"{split}_{self.ending}"
-        if not path.is_file():
-            raise DataError(f"{self.folder} has no {path.name}, the {split} clouds of that variant")
-        return path
+    @property
+    def dataset(self) -> str:
+        return f"ScanObjectNN {self.variant}"
+
+    def path(self, split: str) -> Path:
+        """Where the file with the clouds of a split should be."""
+        return self.folder / f"{_OFFICIAL[split]}_{VARIANTS[self.variant]}"
+
+    def files(self, split: str, classes: Sequence[str]) -> tuple[list[Path], list[str]]:
+        """The file of a split if it is there, or its name if it is not."""
+        path = self.path(split)
+        return ([path], []) if path.is_file() else ([], [path.name])
+
+    def scan(self, path: Path) -> Iterator[tuple[Ref, bytes | DataError]]:
+        """Every cloud of a file with a digest of its content, or with what is wrong with it.
+
+        Raises:
+            DataError: If the file as a whole cannot be read.
+        """
+        labels = _labels(path)
+        with _h5_file(path, masked=False) as file:
+            clouds = file["data"][...].astype(np.float32)
+        for row, label in enumerate(labels):
+            ref = Ref(path, row, self.classes[label])
+            yield ref, digest(clouds[row], ref)
 
 
-def _choose(root: Path, variant: str | None, fold: int) -> _Place:
+def _choose(root: Path, variant: str | None, fold: int) -> ScanObjectNNFiles:
     """Where the one variant is that is asked for, or that is there."""
     if not root.exists():
         raise DataError(f"data root {root} does not exist; give a folder with {_KNOWN}")
-    found = [place for place in _places(root, fold) if variant in (None, place.variant)]
+    found = [place for place in files_at(root, fold) if variant in (None, place.variant)]
     if not found:
         asked = "ScanObjectNN" if variant is None else f"{variant} of ScanObjectNN"
         raise DataError(
@@ -205,7 +240,7 @@ def _choose(root: Path, variant: str | None, fold: int) -> _Place:
     return found[0]
 
 
-def _places(root: Path, fold: int) -> list[_Place]:
+def files_at(root: Path, fold: int = 0) -> list[ScanObjectNNFiles]:
     """The variants at a root, which may be a file, the folder of a split, or above it."""
     only = root.name.partition("_")[2] if root.is_file() else None
     folder = root.parent if root.is_file() else root
@@ -217,7 +252,7 @@ def _places(root: Path, fold: int) -> list[_Place]:
         folders = [place / name for place in above for name in names if (place / name).is_dir()]
         folders = folders or [folder]  # the files of a variant copied somewhere else
     return [
-        _Place(variant, place, ending)
+        ScanObjectNNFiles(variant, place)
         for place in folders
         for variant, ending in VARIANTS.items()
         if only in (None, ending)
@@ -233,19 +268,21 @@ def _contradicts(variant: str, folder: Path) -> bool:
     return variant == "OBJ_ONLY" and folder.name in _FOLDS
 
 
-def _labels(path: Path, num_points: int, masked: bool) -> np.ndarray:
+def _labels(path: Path, num_points: int | None = None, masked: bool = False) -> np.ndarray:
     """``(n,)`` int64, once the file is known to hold what is asked of it."""
-    with _h5_file(path) as file:
-        labels = np.asarray(_stored(file, "label")[...])
-        shape = _stored(file, "data").shape
-        mask = _stored(file, "mask").shape if "mask" in file else None
+    with _h5_file(path, masked) as file:
+        shape, size = file["data"].shape, file["data"].size * file["data"].dtype.itemsize
+        if size > LIMIT:
+            raise DataError(f"{path}: 'data' of shape {shape} takes more than {LIMIT >> 20:,} MiB")
+        labels = file["label"][...]
+        mask = file["mask"].shape if masked and "mask" in file else None
     if masked and mask != shape[:2]:
         held = "none" if mask is None else f"one of shape {mask}"
         raise InputError(
             f"the background was to be left out, but {path} has no mask {shape[:2]}: it holds "
             f"{held}; keep the background, or read OBJ_ONLY"
         )
-    if not 1 <= num_points <= shape[1]:
+    if num_points is not None and not 1 <= num_points <= shape[1]:
         raise InputError(
             f"num_points is {num_points:,}, but clouds of {path} have {shape[1]:,} points; "
             "ask for 1 to that many"
@@ -253,29 +290,5 @@ def _labels(path: Path, num_points: int, masked: bool) -> np.ndarray:
     return class_labels(path, labels, shape[0], len(SCAN_OBJECT_NN_CLASSES))
 
 
-def _stored(file: h5py.File, key: str) -> Any:
-    return file[key]
-
-
-@contextmanager
-def _h5_file(path: Path) -> Iterator[h5py.File]:
-    """An open file whose keys and shapes are the expected ones."""
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            absent = [key for key in ("data", "label") if key not in file]
-            if absent:
-                raise DataError(
-                    f"{path} has no {' and no '.join(map(repr, absent))} (its keys: "
-                    f"{', '.join(file) or 'none'}); a ScanObjectNN file holds 'data', 'label' and "
-                    "'mask'"
-                )
-            shape = _stored(file, "data").shape
-            if len(shape) != 3 or shape[-1] != 3:
-                raise DataError(f"{path}: 'data' has shape {shape}, expected (n, P, 3)")
-            yield file
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read as HDF5, it is damaged or incomplete; fetch it again ({error})"
-        ) from error
+def _h5_file(path: Path, masked: bool) -> AbstractContextManager[h5py.File]:
+    return h5_file(path, "ScanObjectNN", ("mask",) if masked else ())

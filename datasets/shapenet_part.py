@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +25,7 @@ from pointcanon.datasets.shapenet_part_layouts import (
     layouts_at,
 )
 from pointcanon.datasets.split import stratified_split
+from pointcanon.datasets.stored import report_missing
 from pointcanon.errors import DataError, InputError
 
 __all__ = ["VALIDATION_FRACTION", "ShapeNetPart"]
@@ -122,7 +122,7 @@ class ShapeNetPart(Dataset[CloudItem]):
             absent += not_there
         self.missing = tuple(absent)
         if absent:
-            _report_missing(self._reader, split, absent, len(files), stop=missing == "raise")
+            report_missing(self._reader.folder, split, absent, stop=missing == "raise")
         refs = [ref for path in files for ref in self._reader.refs(path)]
         if not refs:
             raise DataError(f"{self._reader.folder} holds no clouds for split {split!r}")
@@ -168,8 +168,6 @@ class ShapeNetPart(Dataset[CloudItem]):
         return drawn_rows(count, self.num_points, None if self._resample else name)
 
     def _posed(self, vectors: Tensor) -> Tensor:
-        if self.coordinate_frame == self.native_frame:
-            return vectors
         return convert(vectors, self.native_frame, self.coordinate_frame)
 
     def __repr__(self) -> str:
@@ -200,15 +198,3 @@ def _choose(root: str | Path, layout: str | None) -> PartLayout:
             f"layout=: {there}"
         )
     return usable[0]
-
-
-def _report_missing(
-    reader: PartLayout, split: str, absent: list[str], present: int, stop: bool
-) -> None:
-    what = (
-        f"{reader.folder} lacks {len(absent):,} of the {len(absent) + present:,} files listed for "
-        f"split {split!r} (first: {absent[0]})"
-    )
-    if stop:
-        raise DataError(f"{what}; complete it, or pass missing='warn' to go on without")
-    warnings.warn(f"{what}; going on without", stacklevel=3)

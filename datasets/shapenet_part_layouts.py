@@ -33,8 +33,8 @@ from torch import Tensor
 from pointcanon import checkpoint
 from pointcanon.classes import SHAPENET_PART_CATEGORIES, SHAPENET_PART_PARTS, part_ranges
 from pointcanon.datasets.modelnet_layouts import Ref
-from pointcanon.errors import DataError, InputError, PointcanonError
-from pointcanon.readers.arrays import h5_dataset
+from pointcanon.datasets.stored import h5_file
+from pointcanon.errors import DataError, InputError
 
 if TYPE_CHECKING:
     import h5py
@@ -382,39 +382,16 @@ def _part_key(file: h5py.File) -> str:
 @contextmanager
 def _h5_file(path: Path) -> Iterator[h5py.File]:
     """An open ShapeNet-Part h5 file whose keys and shapes are the expected ones."""
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            needed = ("data", "label", _part_key(file))
-            if any(key not in file for key in needed):
-                raise DataError(
-                    f"{path} holds {', '.join(map(repr, file)) or 'nothing'}; a ShapeNet-Part h5 "
-                    "file holds 'data', 'label' and 'pid' (or 'seg')"
-                )
-            for key in (*needed, *(["normal"] if "normal" in file else [])):
-                h5_dataset(file, key)
-            clouds = file["data"].shape
-            if len(clouds) != 3 or clouds[-1] != 3:
-                raise DataError(f"{path}: 'data' has shape {clouds}, expected (n, P, 3)")
-            if file["label"].size != clouds[0]:
-                raise DataError(f"{path} holds {clouds[0]} clouds but {file['label'].size} labels")
-            if file[needed[2]].shape != clouds[:2]:
-                raise DataError(
-                    f"{path}: {needed[2]!r} has shape {file[needed[2]].shape}, but 'data' "
-                    f"{clouds}: a part is needed for every point"
-                )
-            if "normal" in file and file["normal"].shape != clouds:
-                raise DataError(
-                    f"{path}: 'normal' has shape {file['normal'].shape}, expected {clouds}"
-                )
-            yield file
-    except PointcanonError:
-        raise
-    except Exception as error:  # h5py raises whatever a damaged file leads it to
-        raise DataError(
-            f"{path} cannot be read as HDF5, it is damaged or incomplete; fetch it again ({error})"
-        ) from error
+    with h5_file(path, "ShapeNet-Part", ("pid", "seg", "normal")) as file:
+        clouds, key = file["data"].shape, _part_key(file)
+        if key not in file:
+            raise DataError(f"{path} has no 'pid' and no 'seg', the part of every point")
+        if file[key].shape != clouds[:2]:
+            raise DataError(
+                f"{path}: {key!r} has shape {file[key].shape}, but 'data' {clouds}: a part is "
+                "needed for every point"
+            )
+        yield file
 
 
 def _decode(path: Path, rows: slice | int | None) -> dict[str, np.ndarray]:

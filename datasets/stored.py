@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pointcanon.errors import DataError
+from pointcanon.errors import DataError, PointcanonError
+from pointcanon.readers.arrays import h5_dataset
 
-__all__ = ["class_labels", "finite_points"]
+if TYPE_CHECKING:
+    import h5py
+
+__all__ = ["class_labels", "finite_points", "h5_file", "report_missing"]
+
+
+@contextmanager
+def h5_file(path: Path, kind: str, more: Sequence[str] = ()) -> Iterator[h5py.File]:
+    """An open HDF5 file of clouds, whose arrays are numbers that lie in it.
+
+    Args:
+        path: Of the file.
+        kind: Whose files these are, for the message.
+        more: Arrays it may have besides ``data (n, P, 3)`` and ``label``, one for each cloud;
+            ``normal`` is of the shape of ``data``.
+
+    Raises:
+        DataError: If it is damaged or lacks an array, also if that shows only while it is open.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            keys = list(file)  # which follows no link, as ``in`` does
+            absent = [key for key in ("data", "label") if key not in keys]
+            if absent:
+                raise DataError(
+                    f"{path} has no {' and no '.join(map(repr, absent))} (its keys: "
+                    f"{', '.join(keys[:8]) or 'none'}); a {kind} h5 file holds 'data' and 'label'"
+                )
+            held = ("data", "label", *(key for key in more if key in keys))
+            shapes = {key: h5_dataset(file, key).shape for key in held}
+            shape = shapes["data"]
+            if len(shape) != 3 or shape[-1] != 3:
+                raise DataError(f"{path}: 'data' has shape {shape}, expected (n, P, 3)")
+            _require_label_each(path, shapes["label"], shape[0])
+            if shapes.get("normal", shape) != shape:
+                raise DataError(f"{path}: 'normal' has shape {shapes['normal']}, expected {shape}")
+            yield file
+    except PointcanonError:
+        raise
+    except Exception as error:  # h5py raises whatever a damaged file leads it to
+        raise DataError(
+            f"{path} cannot be read as HDF5, it is damaged or incomplete; fetch it again ({error})"
+        ) from error
 
 
 def class_labels(path: Path, values: np.ndarray, clouds: int, classes: int) -> np.ndarray:
@@ -25,14 +74,39 @@ def class_labels(path: Path, values: np.ndarray, clouds: int, classes: int) -> n
     Raises:
         DataError: If there are more labels or fewer, or one is no class.
     """
+    _require_label_each(path, values.shape, clouds)
     labels = values.reshape(-1)
-    if values.shape not in ((clouds,), (clouds, 1)):
-        raise DataError(f"{path} holds labels {values.shape} for {clouds} clouds")
     known = (labels >= 0) & (labels < classes) & (labels == np.round(labels))
     if not known.all():
         row = int(np.flatnonzero(~known)[0])
         raise DataError(f"{path}: label {labels[row]} of row {row} is none of 0 to {classes - 1}")
     return labels.astype(np.int64)
+
+
+def _require_label_each(path: Path, shape: tuple[int, ...], clouds: int) -> None:
+    if shape not in ((clouds,), (clouds, 1)):
+        raise DataError(f"{path} holds labels {shape} for {clouds} clouds")
+
+
+def report_missing(folder: Path, split: str, absent: Sequence[str], stop: bool) -> None:
+    """Say that not all of a data set is there, as a warning to whoever opens it.
+
+    Args:
+        folder: Of the data set.
+        split: That is not whole.
+        absent: Names of what is not there.
+        stop: Refuse to go on.
+
+    Raises:
+        DataError: If ``stop``.
+    """
+    what = (
+        f"{folder} lacks {len(absent):,} of what its split {split!r} should hold "
+        f"(first: {absent[0]})"
+    )
+    if stop:
+        raise DataError(f"{what}; complete it, or pass missing='warn' to go on without")
+    warnings.warn(f"{what}; going on without", stacklevel=3)
 
 
 def finite_points(values: np.ndarray, source: str) -> Tensor:

@@ -7,21 +7,28 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from pointcanon import clouds as cloud
 from pointcanon.canonicalizers import Canonicalizer, Identity
 from pointcanon.coordinates import CoordinateFrame
 from pointcanon.datasets import UNLABELLED
-from pointcanon.datasets.collate import collate
 from pointcanon.datasets.given import GivenClouds
-from pointcanon.errors import InputError, NotFiniteError
-from pointcanon.eval.evaluate import check_fit, chosen_clouds, evaluating, now, shown
+from pointcanon.errors import InputError
+from pointcanon.eval.evaluate import (
+    check_fit,
+    chosen_clouds,
+    evaluating,
+    in_batches,
+    naming_clouds,
+    now,
+    require_finite,
+    shown,
+)
 from pointcanon.eval.metrics import predicted_parts
 from pointcanon.eval.protocols import pose_rotations
 from pointcanon.model import Canonicalized
@@ -76,7 +83,7 @@ class Robustness:
         agreement_by_angle: Likewise.
         worst: Clouds with the least agreement under any rotation, if any is below 1.
         milliseconds: Of a cloud, the median over batches of time / batch.
-        passes: Times the predictor runs for a cloud.
+        passes: Times the predictor runs for a cloud, on average.
     """
 
     name: str
@@ -86,7 +93,7 @@ class Robustness:
     agreement_by_angle: tuple[float, ...]
     worst: tuple[WorstCloud, ...]
     milliseconds: float
-    passes: int
+    passes: float
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class Audit:
                     *(f"{100 * network.score[pose]:.1f}" for pose in POSES),
                     f"{100 * (1 - network.agreement['SO3']):.2f} %",
                     f"{network.milliseconds:.2f}",
-                    str(network.passes),
+                    f"{network.passes:.3g}",
                     style="bold" if network is self.canonicalized else None,
                 )
         console.print(table)
@@ -245,11 +252,7 @@ def audit(
         InputError: On clouds or arguments that cannot be used, or a network that fails or answers
             NaN or infinity.
     """
-    least_ones = {"rotations": rotations, "batch_size": batch_size}
-    for name, value, least in (
-        *((name, value, 1) for name, value in least_ones.items()),
-        *(("seed", seed, 0), ("num_workers", num_workers, 0), ("worst", worst, 0)),
-    ):
+    for name, value, least in (("rotations", rotations, 1), ("seed", seed, 0), ("worst", worst, 0)):
         if value < least:
             raise InputError(f"{name} is {value}; choose at least {least}")
     if isinstance(network, Canonicalized):
@@ -261,13 +264,7 @@ def audit(
     chosen = chosen_clouds(given, limit)
     seeds = range(seed, seed + rotations)
     turns = _turns(given, seeds)
-    loader: DataLoader[Any] = DataLoader(
-        Subset(given, chosen),  # type: ignore[arg-type]
-        batch_size,
-        num_workers=num_workers,
-        collate_fn=collate,
-        generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
-    )
+    loader = in_batches(given, chosen, batch_size, num_workers)
     with evaluating(model, device) as like, shown(loader, progress) as batches:
         walks = _walk(model, batches, turns, given, like)
 
@@ -343,7 +340,7 @@ class _Walk(NamedTuple):
     agreement: Tensor
     said: Tensor
     milliseconds: float
-    passes: int
+    passes: float
 
 
 def _turns(given: GivenClouds, seeds: Sequence[int]) -> Tensor:
@@ -377,16 +374,15 @@ def _walk(
     for batch in batches:
         truth = _truth(model, batch, given)
         for ask, walk in zip(asks, found, strict=True):
-            said, seconds, passes = [], [], 1
+            said, seconds, passes = [], [], []
             for turn in turns[:, batch["index"]]:
                 posed = _posed(batch, turn, like)
                 started = now(like.device)
-                try:
-                    answer, passes = ask(model, posed)
-                except NotFiniteError as error:
-                    raise NotFiniteError(int(batch["index"][error.cloud]), error.remedy) from error
+                with naming_clouds(batch):
+                    answer, voters = ask(model, posed)
                 seconds.append((now(like.device) - started) / len(turn))
                 said.append(_decided(model, answer.cpu(), batch, given))
+                passes.append(voters.double().mean().item())
             truth = said[0] if truth is None else truth
             real = batch.get("mask") if model.segments else None
             labelled = truth != UNLABELLED
@@ -396,7 +392,7 @@ def _walk(
                     _share([said_in_pose == said[0] for said_in_pose in said], real),
                     torch.empty(len(said), 0) if model.segments else torch.stack(said),
                     1e3 * median(seconds),
-                    passes,
+                    fmean(passes),
                 )
             )
     return [_joined(parts) for parts in found]
@@ -408,7 +404,7 @@ def _joined(walks: list[_Walk]) -> _Walk:
         torch.cat([walk.agreement for walk in walks], dim=1),
         torch.cat([walk.said for walk in walks], dim=1),
         median(walk.milliseconds for walk in walks),
-        walks[0].passes,
+        fmean(walk.passes for walk in walks),
     )
 
 
@@ -418,18 +414,18 @@ def _truth(model: Canonicalized, batch: dict[str, Tensor], given: GivenClouds) -
     return batch["label"] if given.labelled else None
 
 
-def _ask_alone(model: Canonicalized, posed: dict[str, Tensor]) -> tuple[Tensor, int]:
+def _ask_alone(model: Canonicalized, posed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     extras = {key: posed[key] for key in ("mask", "normals", "category") if key in posed}
     if not model.segments:
         extras.pop("category")
-    return model.predictor(posed["points"], **extras), 1
+    return model.predictor(posed["points"], **extras), torch.ones(1)
 
 
-def _ask(model: Canonicalized, posed: dict[str, Tensor]) -> tuple[Tensor, int]:
+def _ask(model: Canonicalized, posed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     geometry = posed["points"], posed.get("mask"), posed.get("normals")
     frames = model.canonicalizer(*geometry)
     category = posed["category"] if model.segments else None
-    return model.predict_in(frames, *geometry, category), frames.count
+    return model.predict_in(frames, *geometry, category), frames.voters
 
 
 def _posed(batch: dict[str, Tensor], turn: Tensor, like: Tensor) -> dict[str, Tensor]:
@@ -448,11 +444,7 @@ def _decided(
     model: Canonicalized, answer: Tensor, batch: dict[str, Tensor], given: GivenClouds
 ) -> Tensor:
     """``(B,)`` classes or ``(B, N)`` parts of finite logits."""
-    broken = ~answer.isfinite().all(dim=-1)
-    if model.segments:
-        broken = (broken & batch.get("mask", torch.tensor(True))).any(dim=1)
-    if bool(broken.any()):
-        raise NotFiniteError(int(batch["index"][broken][0]), "check the weights")
+    require_finite(answer, batch)
     if model.segments and given.labelled:
         return predicted_parts(answer, batch["label"], given.part_ranges)
     return answer.argmax(dim=-1)

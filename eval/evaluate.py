@@ -49,7 +49,10 @@ __all__ = [
     "chosen_clouds",
     "evaluate",
     "evaluating",
+    "in_batches",
+    "naming_clouds",
     "now",
+    "require_finite",
     "shown",
 ]
 
@@ -90,7 +93,8 @@ class FrameQuality:
     """The heaviest frame of each cloud, pooled over the seeds.
 
     Attributes:
-        count: Frames of each cloud; as many times the predictor runs.
+        count: Frames of each cloud.
+        passes: Times the predictor runs for a cloud, on average: once for each that has a weight.
         median_error_deg: Of the angle between the frame and the rotation applied: the distance to
             the data's own pose, which says something where the data are aligned.
         up_within_10_deg: Share of clouds whose up axis is found within 10 degrees.
@@ -98,6 +102,7 @@ class FrameQuality:
     """
 
     count: int
+    passes: float
     median_error_deg: float
     up_within_10_deg: float
     degenerate: float
@@ -228,10 +233,6 @@ def evaluate(
     """
     protocol = protocols.protocol(protocol)
     seeds = _checked_seeds(seeds) if protocol.test != "I" else ()
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; choose at least 1")
-    if num_workers < 0:
-        raise InputError(f"num_workers is {num_workers}; choose 0, which reads here, or more")
     chosen = chosen_clouds(dataset, limit)
     check_fit(model, dataset)
     if not isinstance(model, Canonicalized):
@@ -243,14 +244,7 @@ def evaluate(
         return tally_for(dataset, poses, parts=model.segments, restricted=restricted)
 
     turns = _turns(protocol, dataset, seeds)
-    batches = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
-    loader: DataLoader[Any] = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=_dealt(batches) if distributed else batches,
-        num_workers=num_workers,
-        collate_fn=collate,
-        generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
-    )
+    loader = in_batches(dataset, chosen, batch_size, num_workers, distributed=distributed)
     with evaluating(model, device) as like, shown(loader, progress) as dealt:
         walk = _walk(model, dealt, turns, like, tally, max_points)
     if distributed:
@@ -352,15 +346,43 @@ def chosen_clouds(dataset: CloudDataset, limit: int | None) -> list[int]:
     return sorted(drawn_rows(size, limit, "").tolist())
 
 
+def in_batches(
+    dataset: CloudDataset,
+    chosen: list[int],
+    batch_size: int,
+    num_workers: int,
+    *,
+    distributed: bool = False,
+) -> DataLoader[dict[str, Tensor]]:
+    """Reads clouds of a data set, in order; of several processes, the batches of this one.
+
+    Raises:
+        InputError: On a number out of range.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; choose at least 1")
+    if num_workers < 0:
+        raise InputError(f"num_workers is {num_workers}; choose 0, which reads here, or more")
+    batches = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=_dealt(batches) if distributed else batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
+    )
+
+
 class _Found(NamedTuple):
     """The frames of n clouds in P poses, of one batch or of all, and what it took.
 
-    ``rotation (P, n, 3, 3)`` float64, ``degenerate (P, n)``, the number of frames, and by batch and
-    pose the seconds per cloud of the two halves of the model.
+    ``rotation (P, n, 3, 3)`` float64, ``degenerate (P, n)``, ``voters (P, n)`` among the so many
+    frames, and by batch and pose the seconds per cloud of the two halves of the model.
     """
 
     rotation: Tensor
     degenerate: Tensor
+    voters: Tensor
     frames: int
     seconds: list[tuple[float, float]]
 
@@ -399,7 +421,11 @@ def _of_all_processes(walk: _Walk) -> _Walk:
             first.bare.join(other.bare)
     numbers, order = torch.cat([walk.clouds for walk in walks]).sort()
     found = _joined([walk.frames for walk in walks], partial(torch.cat, dim=1))
-    found = found._replace(rotation=found.rotation[:, order], degenerate=found.degenerate[:, order])
+    found = found._replace(
+        rotation=found.rotation[:, order],
+        degenerate=found.degenerate[:, order],
+        voters=found.voters[:, order],
+    )
     return _Walk(first.tally, first.bare, found, numbers, set().union(*(w.sizes for w in walks)))
 
 
@@ -517,10 +543,8 @@ def _ask(
     started = now(points.device)
     frames = model.canonicalizer(*geometry)
     posed = now(points.device)
-    try:
+    with naming_clouds(batch):
         answer = model.predict_in(frames, *geometry, category, max_points=max_points)
-    except NotFiniteError as error:
-        raise NotFiniteError(int(batch["index"][error.cloud]), error.remedy) from error
     done = now(points.device)
     expected = (*points.shape[: 2 if model.segments else 1], outputs)
     if answer.shape != expected:
@@ -529,14 +553,33 @@ def _ask(
             f"{'parts' if model.segments else 'classes'}: evaluate it on its own data"
         )
     answer = answer.cpu()
+    require_finite(answer, batch)
+    seconds = (posed - started) / len(points), (done - posed) / len(points)
+    rotation = frames.best().rotations[:, 0].double().cpu()
+    given = frames.degenerate.cpu(), frames.voters.cpu()
+    return answer, _Found(rotation, *given, frames.count, [seconds])
+
+
+@contextmanager
+def naming_clouds(batch: dict[str, Tensor]) -> Iterator[None]:
+    """An error about a cloud of the batch tells its place in the data set."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(int(batch["index"][error.cloud]), error.remedy) from error
+
+
+def require_finite(answer: Tensor, batch: dict[str, Tensor]) -> None:
+    """Refuse NaN and infinity in what was answered for clouds ``(B, C)`` or points ``(B, N, P)``.
+
+    Raises:
+        NotFiniteError: Naming the first cloud, by its place in the data set.
+    """
     broken = ~answer.isfinite().all(dim=-1)
-    if model.segments:
+    if broken.ndim == 2:
         broken = (broken & batch.get("mask", torch.tensor(True))).any(dim=1)
     if bool(broken.any()):
         raise NotFiniteError(int(batch["index"][broken][0]), "check the weights")
-    seconds = (posed - started) / len(points), (done - posed) / len(points)
-    rotation = frames.best().rotations[:, 0].double().cpu()
-    return answer, _Found(rotation, frames.degenerate.cpu(), frames.count, [seconds])
 
 
 def now(device: torch.device) -> float:
@@ -550,6 +593,7 @@ def _joined(found: Sequence[_Found], join: Callable[[list[Tensor]], Tensor]) -> 
     return _Found(
         join([frames.rotation for frames in found]),
         join([frames.degenerate for frames in found]),
+        join([frames.voters for frames in found]),
         found[0].frames,
         [seconds for frames in found for seconds in frames.seconds],
     )
@@ -569,18 +613,19 @@ def _invariance(walk: _Walk, applied: Tensor) -> Invariance:
 
 
 def _frame_quality(found: _Found, applied: Tensor, up: Tensor) -> FrameQuality:
-    """Over the seeds' passes, or the only one."""
-    passes = slice(1, -1) if len(applied) > 1 else slice(None)
-    rotation, applied = found.rotation[passes], applied[passes]
+    """Over the seeds' poses, or the only one."""
+    poses = slice(1, -1) if len(applied) > 1 else slice(None)
+    rotation, applied = found.rotation[poses], applied[poses]
     error = geodesic_angle(rotation, applied).rad2deg()
     # vectors of unit length: the half-angle form is accurate near zero, where arccos is not
     apart = (rotation @ up - applied @ up).norm(dim=-1)
     tilt = 2 * (apart / 2).clamp(max=1).asin().rad2deg()
     return FrameQuality(
         count=found.frames,
+        passes=found.voters[poses].double().mean().item(),
         median_error_deg=error.median().item(),
         up_within_10_deg=(tilt <= UPRIGHT_DEGREES).double().mean().item(),
-        degenerate=found.degenerate[passes].double().mean().item(),
+        degenerate=found.degenerate[poses].double().mean().item(),
     )
 
 

@@ -234,7 +234,7 @@ def _class_scene(picture: ClassPicture, names: tuple[str, str], frame: Coordinat
         points=[convert(cloud, frame, "z-up") for cloud in (picture.received, picture.canonical)],
         paints=[_of_height(picture.height)],
         views=[
-            View(f"{pose}, {name}", points=place, paint=0, note=str(verdict))
+            View(f"{pose},\n{name}", points=place, paint=0, note=str(verdict))
             for place, (pose, name, verdict) in enumerate(
                 zip(POSES, names, picture.verdicts, strict=True)
             )
@@ -297,9 +297,9 @@ PAGE = """<!DOCTYPE html>
   p, footer, figcaption { color: #57606a; }
   p { margin: .3rem 0 .8rem; }
   footer { margin-top: 2rem; border-top: 1px solid #d0d4d8; padding-top: .6rem; font-size: .85rem; }
-  img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+  img { display: block; max-width: 100%; height: auto; margin: 0 auto .5rem; }
   figure { margin: 0; }
-  figcaption { text-align: center; font-size: .85rem; line-height: 1.35; }
+  figcaption { text-align: center; font-size: .85rem; line-height: 1.35; white-space: pre-line; }
   .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem; }
   .table { overflow-x: auto; }
   table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

@@ -118,7 +118,8 @@ def scores(evaluation: Evaluation) -> Grid:
     )
     note = f"protocol {evaluation.protocol}"
     if seeds:
-        note += f" ({pose}: {POSES[pose]}), seeds {', '.join(map(str, seeds))}"
+        named = "seed" if len(seeds) == 1 else "seeds"
+        note += f" ({pose}: {POSES[pose]}), {named} {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
         note += ", mean ± s.d."
     if evaluation.restricted is not None and len(trials.aligned.per_class) > 1:
@@ -249,8 +250,9 @@ def findings(evaluation: Evaluation) -> list[tuple[str, str]]:
         lines.append(("pose", text))
         lines.append(("degenerate clouds", f"{100 * frames.degenerate:.2f} %"))
     parts = f"{timing.canonicalizer_ms:.2f} canonicalizer + {timing.predictor_ms:.2f} predictor"
-    passes = "1 pass" if frames.count == 1 else f"{frames.count} passes"
-    where = timing.device + (f", {timing.threads} threads" if timing.device == "cpu" else "")
+    passes = "1 pass" if frames.passes == 1 else f"{frames.passes:.3g} passes"
+    threads = "1 thread" if timing.threads == 1 else f"{timing.threads} threads"
+    where = timing.device + (f", {threads}" if timing.device == "cpu" else "")
     lines.append(
         (
             "time per cloud",

@@ -51,7 +51,7 @@ def equal_area(directions: Tensor) -> Tensor:
 def poses_figure(found: Sweep) -> Figure:
     """A row for each network: the half of the sphere around up, and the one around down."""
     rows = len(found.networks)
-    figure = style.new_figure(4.6, 2.5 * rows + 0.7)
+    figure = style.new_figure(4.6, 2.5 * rows + 0.9)
     panels = figure.subplots(rows, 2, squeeze=False)
     whole = found.measure == "overall_accuracy"
     for network, pair in zip(found.networks, panels, strict=True):
@@ -73,9 +73,10 @@ def poses_figure(found: Sweep) -> Figure:
         bar = figure.colorbar(marks[0], ax=panels, location="top", shrink=0.6, aspect=30, pad=0.02)
         bar.set_label(_OF_A_CLOUD[found.measure], fontsize=style.LABEL)
         bar.ax.tick_params(labelsize=style.LABEL)
+    poses = "as received" if rows == 1 else "as received above, in canonical pose below"
     note = (
-        f"where the up axes of {sample(found)} lie,\n{POSES[found.pose]}, "
-        "in the canonical pose found; equal-area projection, seen from above"
+        f"where the up axes of {sample(found)}, {POSES[found.pose]}, lie\n"
+        f"{poses}; equal-area projection, seen from above"
     )
     figure.supxlabel(note, fontsize=style.NOTE, color=style.GREY)
     return figure
@@ -93,8 +94,8 @@ def describe_poses(found: Sweep) -> str:
             f"{_percent(tilt >= 180 - UPRIGHT_DEGREES)} {near} down",
         ]
         told.append(f"{network.name}, {', '.join(shares)}")
-    where = f"Where the up axes of {sample(found)} lie in the canonical pose found"
-    return f"{where}: {'; '.join(told)}."
+    poses = " and ".join(("as received", "in canonical pose")[: len(told)])
+    return f"Where the up axes of {sample(found)} lie {poses}: {'; '.join(told)}."
 
 
 def _draw(panel: Axes, network: Swept, half: int, whole: bool) -> PathCollection:

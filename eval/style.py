@@ -114,7 +114,10 @@ def svg(figure: Figure) -> bytes:
 
 def _saved(figure: Figure, suffix: str) -> bytes:
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names of classes are no formulas
     undated = {} if suffix == "png" else {"CreationDate" if suffix == "pdf" else "Date": None}
     image = io.BytesIO()
     # the same figure is the same file

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 from pointcanon.canonicalizers import Identity
 from pointcanon.coordinates import CoordinateFrame, convert
 from pointcanon.datasets import UNLABELLED, CloudDataset, PartDataset
-from pointcanon.datasets.collate import collate
 from pointcanon.errors import InputError
 from pointcanon.eval.audit import ANGLES
-from pointcanon.eval.evaluate import check_fit, chosen_clouds, evaluating, shown
+from pointcanon.eval.evaluate import (
+    check_fit,
+    chosen_clouds,
+    evaluating,
+    in_batches,
+    naming_clouds,
+    require_finite,
+    shown,
+)
 from pointcanon.eval.protocols import Pose, Protocol, pose_rotations
 from pointcanon.eval.protocols import protocol as protocol_named
 from pointcanon.model import Canonicalized
@@ -127,13 +133,7 @@ def sweep(
             )[None],
         )
     )
-    loader: DataLoader[Any] = DataLoader(
-        Subset(dataset, chosen),  # type: ignore[arg-type]
-        batch_size,
-        num_workers=num_workers,
-        collate_fn=collate,
-        generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
-    )
+    loader = in_batches(dataset, chosen, batch_size, num_workers)
     predictor = type(model.predictor).__name__
     asked = {predictor: model}
     if not isinstance(model.canonicalizer, Identity):
@@ -226,7 +226,8 @@ def _walk(
         segments = networks[0].segments
         clouds = [_turned(batch, turn, like, segments) for turn in turns[:, batch["index"]]]
         for network, score, frame in zip(networks, scores, frames, strict=True):
-            answers = [network.predict(*cloud, max_points=max_points) for cloud in clouds]
+            with naming_clouds(batch):
+                answers = [network.predict(*cloud, max_points=max_points) for cloud in clouds]
             probabilities = [answer.probabilities.cpu() for answer in answers]
             score.append(
                 torch.stack([_score(p, batch, dataset, restricted) for p in probabilities])
@@ -261,12 +262,8 @@ def _score(
     """``(B,)`` float64."""
     from pointcanon.eval.metrics import predicted_parts
 
-    mask = batch.get("mask", torch.tensor(True))
-    segments = probabilities.ndim == 3
-    broken = ~probabilities.isfinite().all(dim=-1)
-    if bool((broken & mask if segments else broken).any()):
-        raise InputError("the model answers NaN or infinity; check its weights")
-    if not segments:
+    require_finite(probabilities, batch)
+    if probabilities.ndim == 2:
         return (probabilities.argmax(dim=-1) == batch["label"]).double()
     ranges = cast(PartDataset, dataset).part_ranges
     found = predicted_parts(probabilities, batch["label"], ranges, restricted=restricted)

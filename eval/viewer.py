@@ -92,8 +92,9 @@ def _section(scene: Scene, place: int) -> str:
 
 
 def _plain(view: View) -> str:
+    caption = view.caption.replace("\n", " ")
     spoken = view.note.replace("✓", "rightly").replace("✗", "wrongly")
-    return f"{view.caption}; {spoken}" if spoken else view.caption
+    return f"{caption}; {spoken}" if spoken else caption
 
 
 def _caption(view: View) -> str:

@@ -17,7 +17,8 @@ How a module is rebuilt:
 
 :func:`save` then records ``{"class": "PCA", "hyperparameters": {"poses": 24}}``, and :func:`load`
 looks the class up by name, constructs it and fills in the weights strictly. Files name classes of
-this table only; they cannot name modules to import or code to run.
+this table only; they cannot name modules to import or code to run. The card has a checksum of the
+weights, so that a file with a bit gone wrong is refused rather than believed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +59,7 @@ __all__ = [
     "save",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2 the card has the checksum
 KINDS = ("predictor", "canonicalizer", "canonicalized")
 CARD_KEY = "pointcanon.card"
 
@@ -82,6 +84,7 @@ class Card:
         training_command: The command line that trained it.
         metrics: Figures by name.
         architecture: What :func:`describe` says of the module; :func:`save` fills it in.
+        sha256: Of the bytes of the tensors, in the order of their names; :func:`save` fills it in.
         pointcanon_version: Version that wrote the file; :func:`save` fills it in.
         format_version: Of this format.
     """
@@ -94,6 +97,7 @@ class Card:
     training_command: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     architecture: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
     pointcanon_version: str | None = None
     format_version: int = FORMAT_VERSION
 
@@ -187,7 +191,7 @@ def save(path: str | Path, module: nn.Module, card: Card, dtype: torch.dtype | N
     Args:
         path: Conventionally ends in ``.safetensors``; missing folders are made.
         module: Rebuildable (see the top of this module).
-        card: Its architecture and version are filled in here.
+        card: Its architecture, checksum and versions are filled in here.
         dtype: Floating-point weights are rounded to, such as float16 for half the size; the network
             that is loaded computes in float32 all the same. None writes them as they are.
 
@@ -195,15 +199,28 @@ def save(path: str | Path, module: nn.Module, card: Card, dtype: torch.dtype | N
         CheckpointError: If the module cannot be described, or a field of the card is not valid.
         DataError: If the file cannot be written.
     """
-    card = replace(card, architecture=describe(module), pointcanon_version=version("pointcanon"))
-    _check_card(card, path)
-    metadata = {"format": "pt", CARD_KEY: json.dumps(asdict(card), allow_nan=False)}
     # clones, because safetensors refuses tensors that share memory
     state = {
         name: value.detach().to("cpu", dtype if value.is_floating_point() else None, copy=True)
         for name, value in module.state_dict().items()
     }
+    card = replace(
+        card,
+        architecture=describe(module),
+        sha256=_checksum(state),
+        pointcanon_version=version("pointcanon"),
+        format_version=FORMAT_VERSION,
+    )
+    _check_card(card, path)
+    metadata = {"format": "pt", CARD_KEY: json.dumps(asdict(card), allow_nan=False)}
     atomic_write(path, to_bytes(state, metadata=metadata), durable=True)
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    digest = sha256()
+    for name in sorted(state):
+        digest.update(state[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def is_safetensors(path: str | Path) -> bool:
@@ -244,7 +261,7 @@ def load(path: str | Path) -> tuple[nn.Module, Card]:
 
     Raises:
         CheckpointError: If the file cannot be read or was not written by :func:`save`, or its
-            weights do not fit the architecture its card names.
+            weights are not those its card has the checksum of, or do not fit its architecture.
     """
     state, metadata = _open(path, tensors=True)
     if CARD_KEY not in metadata:
@@ -252,6 +269,11 @@ def load(path: str | Path) -> tuple[nn.Module, Card]:
             f"{path} has no pointcanon card; for a public checkpoint use predictors.load"
         )
     card = _parse_card(metadata[CARD_KEY], path)
+    if card.sha256 not in (None, _checksum(state)):
+        raise CheckpointError(
+            f"{path} is damaged: its weights do not have the checksum that its card says; "
+            "copy or download it again"
+        )
     try:
         with Allowance(state.values()):
             module = build(card.architecture)
@@ -418,7 +440,9 @@ def _parse_card(text: str, path: str | Path) -> Card:
 
 
 def _are_names(value: object) -> bool:
-    return value is None or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))
+    return value is None or (
+        isinstance(value, tuple) and all(isinstance(v, str) and v.isprintable() for v in value)
+    )
 
 
 def _check_card(card: Card, path: str | Path) -> None:
@@ -436,6 +460,7 @@ def _check_card(card: Card, path: str | Path) -> None:
             for figure in card.metrics.values()
         ),
         "architecture": isinstance(card.architecture, Mapping),
+        "sha256": isinstance(card.sha256, optional_text),
         "pointcanon_version": isinstance(card.pointcanon_version, optional_text),
     }
     for name, good in valid.items():

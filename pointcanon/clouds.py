@@ -16,6 +16,7 @@ from pointcanon.rotations import DEGENERATE_TOLERANCE
 __all__ = [
     "centroid",
     "check_cloud",
+    "check_mask",
     "collinear",
     "normalise",
     "radius",
@@ -65,25 +66,35 @@ def check_cloud(points: Tensor, mask: Tensor | None = None, **vectors: Tensor | 
                 f"expected that of points, {tuple(points.shape)}"
             )
         _check_companion(name, value, points)
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise InputError(f"mask is a {type(mask).__name__}; pass a bool tensor of shape (B, N)")
-        if mask.dtype != torch.bool:
-            raise InputError(f"mask has dtype {mask.dtype}; pass a bool tensor, True = real point")
-        if mask.shape != points.shape[:2]:
-            raise InputError(
-                f"mask has shape {tuple(mask.shape)}, expected {tuple(points.shape[:2])}"
-            )
-        if mask.device != points.device:
-            raise InputError(f"mask is on {mask.device}, points on {points.device}")
+    check_mask(mask, points)
     if torch.compiler.is_compiling():
         return  # what follows reads values, which would break the graph
-    if mask is not None and not bool(mask.any(dim=1).all()):
-        empty = int((~mask.any(dim=1)).nonzero()[0])
-        raise InputError(f"cloud {empty} of the batch is empty: its mask has no True entry")
     for name, value in {"points": points, **vectors}.items():
         if value is not None:
             _check_finite(name, value, mask)
+
+
+def check_mask(mask: Tensor | None, points: Tensor) -> None:
+    """Refuse what says nothing of the points ``(B, N, D)``; None says that all are real.
+
+    Raises:
+        InputError: On a wrong type, shape, dtype or device, or a cloud without a real point.
+    """
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise InputError(f"mask is a {type(mask).__name__}; pass a bool tensor of shape (B, N)")
+    if mask.dtype != torch.bool:
+        raise InputError(f"mask has dtype {mask.dtype}; pass a bool tensor, True = real point")
+    if mask.shape != points.shape[:2]:
+        raise InputError(f"mask has shape {tuple(mask.shape)}, expected {tuple(points.shape[:2])}")
+    if mask.device != points.device:
+        raise InputError(f"mask is on {mask.device}, points on {points.device}")
+    if torch.compiler.is_compiling():
+        return  # what follows reads values, which would break the graph
+    if not bool(mask.any(dim=1).all()):
+        empty = int((~mask.any(dim=1)).nonzero()[0])
+        raise InputError(f"cloud {empty} of the batch is empty: its mask has no True entry")
 
 
 def _check_companion(name: str, value: Tensor, points: Tensor) -> None:

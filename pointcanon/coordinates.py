@@ -83,7 +83,11 @@ def convert(
     """Express points or normals ``(..., 3)`` of the ``source`` frame in the ``target`` frame.
 
     The map is a signed permutation, so it is exact in every dtype. It is a reflection when exactly
-    one of the two frames is mirrored; normals of a surface keep pointing outwards either way.
+    one of the two frames is mirrored; normals of a surface keep pointing outwards either way. Where
+    they are one frame the vectors come back themselves.
     """
-    change = coordinate_frame(target).matrix @ coordinate_frame(source).matrix.mT
+    source, target = coordinate_frame(source), coordinate_frame(target)
+    if source == target:
+        return vectors
+    change = target.matrix @ source.matrix.mT
     return vectors @ change.to(vectors).mT

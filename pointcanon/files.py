@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 from pointcanon.errors import DataError, UsageError
@@ -53,11 +54,15 @@ def _replace(path: Path, content: bytes, durable: bool) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def require_writable(path: str | Path) -> Path:
+def require_writable(path: str | Path, size: int = 0) -> Path:
     """The path of a file that is to be written later, once it is known that it can be.
 
     Commands ask this before their work rather than find out an hour later. Missing folders are
     made.
+
+    Args:
+        path: Of the file.
+        size: Bytes that it will have at least.
 
     Raises:
         UsageError: If it cannot.
@@ -73,4 +78,10 @@ def require_writable(path: str | Path) -> Path:
         raise UsageError(f"cannot write {path}: it is a folder; name a file")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"cannot write {path}: {path.parent} is read-only; name another place")
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise UsageError(
+            f"cannot write {path}: it takes {size:,} bytes and {free:,} are free; make room, or "
+            "name another place"
+        )
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -121,6 +122,11 @@ class Frames:
         return self.log_weights.exp()
 
     @property
+    def voters(self) -> Tensor:
+        """``(B,)``, how many candidates have any weight: the others have no say in a vote."""
+        return (self.log_weights > -torch.inf).sum(dim=1)
+
+    @property
     def confidence(self) -> Tensor | None:
         """``(B,)``, how sure the heaviest frame is, in [0, 1]; None where nothing says it.
 
@@ -190,6 +196,17 @@ class Frames:
     def best(self, count: int = 1) -> Frames:
         """The ``count`` candidates of largest weight, heaviest first (K = count)."""
         return self.select(self.log_weights.topk(min(count, self.count), dim=1).indices)
+
+    def without_negligible(self, share: float) -> Frames:
+        """Candidates that weigh less than ``share`` of the heaviest one get no weight at all.
+
+        K stays, and so does the order: a vote leaves out what weighs nothing.
+        """
+        if share <= 0 or self.count == 1:
+            return self
+        least = self.log_weights.amax(dim=1, keepdim=True) + math.log(share)
+        kept = self.log_weights.masked_fill(self.log_weights < least, -torch.inf)
+        return replace(self, log_weights=kept.log_softmax(dim=1))
 
     def straight_through(self) -> Frames:
         """The heaviest candidate alone (K = 1), with a gradient to the weights of all of them.

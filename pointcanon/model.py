@@ -14,12 +14,16 @@ from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.coordinates import CoordinateFrame, coordinate_frame
 from pointcanon.errors import InputError, NotFiniteError
 from pointcanon.frames import Frames
+from pointcanon.portable import exporting
 from pointcanon.predictors.base import TRAINED_ON, PartPredictor
 
-__all__ = ["Canonicalized", "Prediction", "Vote", "load"]
+__all__ = ["RECOMMENDED_VOTE", "Canonicalized", "Prediction", "Vote", "load"]
 
 Vote: TypeAlias = Literal["probabilities", "certainty", "mean"]
 """How the outputs of several frames are joined."""
+
+RECOMMENDED_VOTE: Vote = "certainty"
+"""Where nothing else is said, by ``adapt``, the recipes of ModelNet40 and the command line."""
 
 
 class Prediction(NamedTuple):
@@ -156,21 +160,45 @@ class Canonicalized(nn.Module):
                 )
             if points.shape[1] > max_points:
                 return self._predict_shares(frames, points, mask, normals, category, max_points)
-        extras: dict[str, Tensor] = {}
-        if mask is not None:
-            extras["mask"] = mask.repeat_interleave(frames.count, dim=0)
+        posed = {"points": frames.apply(points)}
         if normals is not None:
-            extras["normals"] = frames.apply_vectors(normals).flatten(0, 1)
-        if category is not None:
-            extras["category"] = category.repeat_interleave(frames.count, dim=0)
-        try:
-            outputs = self.predictor(frames.apply(points).flatten(0, 1), **extras)
-        except NotFiniteError as error:
-            raise NotFiniteError(error.cloud // frames.count, error.remedy) from error
-        outputs = outputs.unflatten(0, (points.shape[0], frames.count))
+            posed["normals"] = frames.apply_vectors(normals)
+        for name, given in (("mask", mask), ("category", category)):
+            if given is not None:
+                posed[name] = given[:, None].expand(-1, frames.count, *given.shape[1:])
+        outputs = self._outputs(posed, self._asked(frames))
         if self.vote == "mean":
             return frames.vote(outputs)
         return frames.vote_logits(outputs, by_certainty=self.vote == "certainty")
+
+    def _asked(self, frames: Frames) -> Tensor | None:
+        """Which frames ``(B, K)`` have a say in the vote; None asks them all.
+
+        A program has no branches; and in training a network's batch statistics, and the gradient of
+        a weight, want every frame.
+        """
+        if self.training or frames.count == 1 or exporting() or torch.compiler.is_compiling():
+            return None
+        asked = frames.log_weights > -torch.inf
+        return None if asked.all() else asked
+
+    def _outputs(self, posed: dict[str, Tensor], asked: Tensor | None) -> Tensor:
+        """What the predictor answers to its inputs ``(B, K, ...)``; 0 where it is not asked."""
+        batch, count = posed["points"].shape[:2]
+        rows = {name: given.flatten(0, 1) for name, given in posed.items()}
+        if asked is not None:
+            index = asked.flatten().nonzero()[:, 0]
+            rows = {name: given[index] for name, given in rows.items()}
+        points = rows.pop("points")
+        try:
+            outputs: Tensor = self.predictor(points, **rows)
+        except NotFiniteError as error:
+            row = error.cloud if asked is None else int(index[error.cloud])
+            raise NotFiniteError(row // count, error.remedy) from error
+        if asked is not None:
+            every = outputs.new_zeros(batch * count, *outputs.shape[1:])
+            outputs = every.index_copy(0, index, outputs)
+        return outputs.unflatten(0, (batch, count))
 
     def _predict_shares(
         self,
@@ -191,15 +219,18 @@ class Canonicalized(nn.Module):
                 real = real[mask[cloud]]
             count = -(-len(real) // max_points)
             shares = [real[first::count] for first in range(count)]
-            outputs = [
-                self.predict_in(
-                    alone,
-                    points[one, share],
-                    normals=None if normals is None else normals[one, share],
-                    category=None if category is None else category[one],
-                )[0]
-                for share in shares
-            ]
+            try:
+                outputs = [
+                    self.predict_in(
+                        alone,
+                        points[one, share],
+                        normals=None if normals is None else normals[one, share],
+                        category=None if category is None else category[one],
+                    )[0]
+                    for share in shares
+                ]
+            except NotFiniteError as error:
+                raise NotFiniteError(cloud, error.remedy) from error
             whole = outputs[0].new_zeros(points.shape[1], outputs[0].shape[-1])
             clouds.append(whole.index_copy(0, torch.cat(shares), torch.cat(outputs)))
         return torch.stack(clouds)

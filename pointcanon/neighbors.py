@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pointcanon.clouds import centroid
+from pointcanon.clouds import centroid, check_mask
 from pointcanon.errors import InputError
 from pointcanon.portable import exporting, full_precision, repeat
 
@@ -619,20 +619,9 @@ def _check_points(name: str, points: Tensor, mask: Tensor | None) -> None:
         raise InputError(f"{name} has dtype {points.dtype}; convert it with {name}.float()")
     if points.shape[1] == 0 and name == "points":
         raise InputError("points holds empty clouds (N = 0); a cloud needs at least one point")
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise InputError(f"mask has dtype {mask.dtype}; pass a bool tensor, True = real point")
-        if mask.shape != points.shape[:2]:
-            raise InputError(
-                f"mask has shape {tuple(mask.shape)}, expected {tuple(points.shape[:2])}"
-            )
-        if mask.device != points.device:
-            raise InputError(f"mask is on {mask.device}, {name} on {points.device}")
+    check_mask(mask, points)
     if torch.compiler.is_compiling():
         return  # what follows reads values, which would break the graph
-    if mask is not None and not bool(mask.any(dim=1).all()):
-        empty = int((~mask.any(dim=1)).nonzero()[0])
-        raise InputError(f"cloud {empty} of the batch is empty: its mask has no True entry")
     finite = points.isfinite().all(dim=-1)
     if mask is not None:
         finite = finite | ~mask

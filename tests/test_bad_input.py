@@ -15,6 +15,7 @@ import pytest
 import torch
 from public_formats import PublicClassifier, write_h5, write_meshes, write_txt
 from safetensors.torch import save_file
+from test_checkpoint import rewrite_card
 
 from pointcanon import checkpoint, predictors
 from pointcanon.cli import main
@@ -102,6 +103,7 @@ def other_weights(folder: Path) -> None:
     with checkpoint.safe_open(path, framework="pt") as file:
         card = file.metadata()
     save_file(predictors.DGCNN(40, embedding=16).state_dict(), path, metadata=card)
+    rewrite_card(path, sha256=...)
 
 
 def training_state(folder: Path) -> None:

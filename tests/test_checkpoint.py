@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from dataclasses import replace
@@ -77,7 +78,7 @@ def test_the_card_comes_back_with_architecture_and_version(saved: Path) -> None:
     assert card.architecture["class"] == "PointNet"
     assert card.architecture["hyperparameters"]["widths"] == [4, 5]
     assert card.pointcanon_version
-    assert replace(card, architecture={}, pointcanon_version=None) == CARD
+    assert replace(card, architecture={}, sha256=None, pointcanon_version=None) == CARD
 
 
 class Pair(nn.Module):
@@ -159,6 +160,34 @@ def test_truncated_files_are_refused(saved: Path) -> None:
             predictors.load(saved)
 
 
+@pytest.mark.parametrize("place", [-1, -100])
+def test_a_flipped_bit_in_the_weights_is_refused(saved: Path, place: int) -> None:
+    damaged = bytearray(saved.read_bytes())
+    damaged[place] ^= 1
+    saved.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"net\.safetensors is damaged: .*checksum"):
+        checkpoint.load(saved)
+
+
+def test_the_checksum_is_of_the_bytes_of_the_tensors_by_name(saved: Path) -> None:
+    card = checkpoint.read_card(saved)
+    assert card is not None
+    state = sorted(checkpoint.load_state(saved).items())
+    stored = b"".join(value.numpy().tobytes() for _, value in state)
+    assert card.sha256 == hashlib.sha256(stored).hexdigest()
+
+
+def test_a_file_of_the_first_format_has_no_checksum_and_loads(saved: Path) -> None:
+    rewrite_card(saved, format_version=1, sha256=...)
+    network, card = checkpoint.load(saved)
+    assert card.sha256 is None
+    checkpoint.save(saved, network, card)
+    again = checkpoint.read_card(saved)
+    assert again is not None
+    assert again.sha256 is not None
+    assert again.format_version > 1
+
+
 def test_weights_of_another_architecture_are_refused(saved: Path) -> None:
     architecture = checkpoint.describe(PointNet(3, widths=(4, 5, 6), embedding=6))
     rewrite_card(saved, architecture=architecture)
@@ -197,6 +226,7 @@ def test_architectures_that_cannot_be_built_are_refused(
         ({"coordinate_frame": "sideways"}, "coordinate_frame is 'sideways'"),
         ({"classes": "ball"}, "classes is 'ball'"),
         ({"metrics": {"accuracy": "high"}}, "metrics is"),
+        ({"sha256": 7}, "sha256 is 7"),
     ],
 )
 def test_damaged_cards_are_refused(saved: Path, changes: dict, message: str) -> None:

@@ -40,6 +40,7 @@ def test_conversion_is_exact_and_reversible(
     assert torch.equal(convert(there, target, source), points)
     # a signed permutation of the coordinates changes no bit of their magnitudes
     assert torch.equal(there.abs().sort(dim=-1).values, points.abs().sort(dim=-1).values)
+    assert (there is points) is (source == target)
     via = convert(convert(points, source, "y-up-mirrored"), "y-up-mirrored", target)
     assert torch.equal(via, there)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pointcanon import checkpoint, rotations, testing
 from pointcanon.canonicalizers import PCA, Canonicalizer, Identity, Optimized, Search
-from pointcanon.errors import CheckpointError, InputError
+from pointcanon.errors import CheckpointError, InputError, NotFiniteError
+from pointcanon.frames import Frames
 from pointcanon.model import Canonicalized, load
 from pointcanon.predictors import PointNet
 
@@ -177,6 +178,51 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     assert card.metrics == {"overall_accuracy": 0.5}
 
 
+class Weighed(Canonicalizer):
+    """The four poses of the principal axes, at given odds."""
+
+    def __init__(self, odds: list[list[float]]) -> None:
+        super().__init__()
+        self.odds, self.axes = torch.tensor(odds, dtype=torch.float64), PCA(4)
+
+    def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
+        poses = self.axes.propose(points, mask, normals).rotations
+        return Frames.of(poses, self.odds.log().to(points))
+
+
+class Counted(nn.Module):
+    """PointNet, and how many clouds it was asked about, last of all those given to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.asked, self.bad = network(), 0, -1
+
+    def forward(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.asked = len(points)
+        if self.bad >= 0:
+            raise NotFiniteError(self.bad, "mend it")
+        return self.network(points, mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("vote", ["probabilities", "certainty", "mean"])
+def test_a_predictor_is_not_asked_about_frames_that_weigh_nothing(vote: Any, masked: bool) -> None:
+    points = testing.generic_clouds(3, 32, dtype=torch.float64)
+    mask = torch.arange(32) < torch.tensor([[32], [20], [32]]) if masked else None
+    nothing = [[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0]]
+    next_to_nothing = [[max(odds, 1e-12) for odds in cloud] for cloud in nothing]
+    found, expected = (
+        Canonicalized(Counted(), Weighed(odds), vote=vote).double().eval()
+        for odds in (nothing, next_to_nothing)
+    )
+    torch.testing.assert_close(found(points, mask), expected(points, mask), atol=1e-9, rtol=0)
+    assert (found.predictor.asked, expected.predictor.asked) == (6, 12)
+    found.predictor.bad = 2  # the third that is asked about is the second cloud
+    with pytest.raises(NotFiniteError) as caught:
+        found(points, mask)
+    assert caught.value.cloud == 1
+
+
 def test_options_that_need_no_training_change_and_the_weights_stay(tmp_path: Path) -> None:
     points = testing.generic_clouds(4, 32, dtype=torch.float64)
     whole = model("optimized").double()
@@ -201,6 +247,18 @@ def test_options_that_need_no_training_change_and_the_weights_stay(tmp_path: Pat
     again = load(tmp_path / "changed.safetensors").canonicalizer
     assert again.options == after.options
     assert torch.equal(again(points).rotations, after(points).rotations)
+
+
+def test_what_is_frozen_or_evaluated_stays_so_when_options_change() -> None:
+    before = model("optimized").canonicalizer.train()
+    before.scorer.requires_grad_(False).eval()
+    before.coordinate_frame = "z-up"
+    after = before.with_options(answers=1)
+    assert after.coordinate_frame == "z-up"
+    for kept, changed in zip(before.modules(), after.modules(), strict=True):
+        assert changed.training is kept.training
+    for name, weight in after.named_parameters():
+        assert weight.requires_grad is not name.startswith("scorer.")
 
 
 def test_a_search_keeps_its_network_when_its_options_change() -> None:

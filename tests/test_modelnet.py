@@ -359,7 +359,7 @@ def _shorten(folder: Path) -> None:
         (_rename, r"ply_data_test0\.h5 has no 'data' \(its keys: label, points\)"),
         (_mislabel, r"ply_data_test0\.h5: label 57 of row 7 is outside the 40 classes"),
         (_flatten, r"'data' has shape \(40, 192\)"),
-        (_shorten, r"40 clouds but 39 labels"),
+        (_shorten, r"holds labels \(39, 1\) for 40 clouds"),
         (lambda f: (f / "test_files.txt").unlink(), r"has no test_files\.txt"),
         (lambda f: (f / "ply_data_test0.h5").unlink(), r"lacks 1 .*ply_data_test0\.h5"),
     ],

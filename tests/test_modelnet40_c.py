@@ -14,6 +14,7 @@ from pointcanon import checkpoint, datasets, predictors
 from pointcanon.cli import main
 from pointcanon.coordinates import convert
 from pointcanon.datasets import ModelNet40C
+from pointcanon.datasets.check import check
 from pointcanon.errors import DataError, InputError
 
 COUNT = 40
@@ -99,7 +100,7 @@ def test_arguments_that_cannot_be_met(root: Path, tmp_path: Path) -> None:
         ModelNet40C(root, "train")
     with pytest.raises(InputError, match=r"num_points is 33, but clouds of .*data_original\.npy"):
         ModelNet40C(root, "test", num_points=33)
-    with pytest.raises(DataError, match=r"none is no folder; give a folder with label\.npy"):
+    with pytest.raises(DataError, match=r"root .*none; give a folder with label\.npy"):
         ModelNet40C(tmp_path / "none", "test")
     with pytest.raises(DataError, match="no ModelNet40-C at data root"):
         ModelNet40C(tmp_path, "test")
@@ -116,7 +117,7 @@ def test_arguments_that_cannot_be_met(root: Path, tmp_path: Path) -> None:
         ({"original": np.zeros((41, 32, 3))}, r"label\.npy holds labels \(40, 1\) for 41 clouds"),
         ({"label": np.full(40, 40)}, r"label\.npy: label 40 of row 0 is none of 0 to 39"),
         ({"label": np.zeros((40, 2))}, r"label\.npy holds labels \(40, 2\) for 40 clouds"),
-        ({"original": np.array(["x"])}, r"data_original\.npy does not hold an array of numbers"),
+        ({"original": np.array(["x"])}, r"data_original\.npy cannot be read, .*it holds <U1, not"),
         (
             {"original": np.full((COUNT, 32, 3), np.inf, dtype=np.float32)},
             r"data_original\.npy\[0\]: point 0 is \[inf, inf, inf\], not three numbers",
@@ -137,6 +138,30 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(DataError, match=r"data_original\.npy cannot be read, it is damaged"):
         ModelNet40C(root, "test")
+
+
+def test_check_goes_through_all_files(root: Path, tmp_path: Path) -> None:
+    report = check(root.parent)
+    assert (report.dataset, report.layout, report.coordinate_frame) == (
+        *("ModelNet40-C", "npy", "y-up-mirrored"),
+    )
+    assert report.ok
+    assert report.totals == {"test": 76 * COUNT}
+    assert report.counts["test"]["airplane"] == 76
+    bad = np.ones((COUNT, 32, 3), dtype=np.float32)
+    bad[2:] = np.random.default_rng(5).normal(size=(COUNT - 2, 32, 3))
+    bad[9, 4] = np.inf
+    write_c(tmp_path, "original", "gaussian_1", "shear_4", gaussian_1=bad)
+    (tmp_path / "data_shear_4.npy").write_bytes(b"")
+    report = check(tmp_path, layout="npy")
+    assert not report.ok
+    assert report.totals == {"test": 2 * COUNT - 1}
+    assert len(report.missing["test"]) == 73
+    assert set(report.unreadable) == {"data_gaussian_1.npy[9]", "data_shear_4.npy"}
+    ((first, second),) = report.duplicates
+    assert [first.cloud, second.cloud] == ["data_gaussian_1.npy[0]", "data_gaussian_1.npy[1]"]
+    (tmp_path / "label.npy").write_bytes(b"")
+    assert "label.npy cannot be read" in check(tmp_path).unreadable["data_original.npy"]
 
 
 # the protocol

@@ -38,6 +38,9 @@ NAMED_BY_THE_PROJECT = {
     "e3nn",
 }
 
+USED = ("export", "fast", "logs")
+"""Extras for users; the others are for who works on the project."""
+
 NOT_AT_IMPORT = ("lightning", "e3nn", "trimesh", "matplotlib", "torch_geometric", "h5py")
 
 
@@ -73,6 +76,16 @@ def test_the_top_level_folders_are_linked_into_the_package(name: str) -> None:
     assert link.is_symlink()
     assert link.readlink() == Path("..") / name
     assert (CHECKOUT / name / "__init__.py").is_file()
+
+
+def test_the_licences_of_all_that_users_install_are_listed() -> None:
+    rows = re.findall(r"^\| (.*?) \| .* \|$", (CHECKOUT / "SECURITY.md").read_text(), re.MULTILINE)
+    listed = [name for row in rows for name in row.split(", ")]
+    extras = project()["optional-dependencies"]
+    lines = [*project()["dependencies"], *(line for of in USED for line in extras[of])]
+    needed = {str(canonicalize_name(Requirement(line).name)) for line in lines}
+    assert set(listed) == needed | {"required", "optional"}
+    assert needed <= set(constraints())
 
 
 def test_constraints_pin_every_requirement_within_its_range() -> None:

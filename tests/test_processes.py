@@ -6,13 +6,18 @@ import csv
 import json
 import multiprocessing
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_nothing_lost import difference, learned
 
 from pointcanon import checkpoint
 from pointcanon.canonicalizers import PCA
@@ -22,6 +27,7 @@ from pointcanon.datasets.parametric import ParametricShapes
 from pointcanon.eval.scores import Tally, tally_for
 from pointcanon.model import Canonicalized
 from pointcanon.predictors import create
+from pointcanon.train.callbacks import StateFile
 from pointcanon.train.run import train
 
 TINY = [
@@ -55,6 +61,18 @@ def trained(arguments: list[str]) -> None:
 
 def together(world: int, work: Callable[[list[str]], Any], arguments: list[str]) -> None:
     """Do it in so many processes."""
+    group = started(world, work, arguments)
+    for process in group:
+        process.join(timeout=1200)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in group] == [0] * world
+
+
+def started(
+    world: int, work: Callable[[list[str]], Any], arguments: list[str]
+) -> list[ForkServerProcess]:
+    """So many processes that do it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,11 +84,7 @@ def together(world: int, work: Callable[[list[str]], Any], arguments: list[str])
     ]
     for process in group:
         process.start()
-    for process in group:
-        process.join(timeout=1200)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in group] == [0] * world
+    return group
 
 
 def validations(folder: Path) -> list[list[float]]:
@@ -86,7 +100,12 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network = create("pointnet", num_classes=len(shapes.classes), embedding=16, widths=[8, 16])
     frame = str(shapes.coordinate_frame)
-    card = checkpoint.Card("predictor", frame, tuple(shapes.classes), "unit-ball")
+    card = checkpoint.Card(
+        "predictor",
+        coordinate_frame=frame,
+        classes=tuple(shapes.classes),
+        normalisation="unit-ball",
+    )
     checkpoint.save(path, network, card)
     return path
 
@@ -124,6 +143,55 @@ model:
     for key in moved:
         assert torch.allclose(alone[key], shared[key], rtol=1e-4, atol=1e-5), key
     assert validations(two) == [pytest.approx(row, rel=1e-4) for row in validations(one)]
+
+
+def logged(folder: Path, arguments: list[str]) -> int:
+    """A command whose words go to a file."""
+    with (folder / f"rank{os.environ['RANK']}.log").open("wb") as log:
+        os.dup2(log.fileno(), 2)
+    return main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [
+        (signal.SIGINT, (0, 1)),  # Ctrl-C reaches all processes of a terminal
+        (signal.SIGTERM, (0,)),
+        (signal.SIGTERM, (1,)),
+        (signal.SIGKILL, (0,)),
+        (signal.SIGKILL, (1,)),
+    ],
+)
+def test_two_processes_end_together_and_go_on(
+    number: int, ranks: tuple[int, ...], tmp_path: Path
+) -> None:
+    options = [*TINY, "--config=shapes-pointnet", "--save_interval=0", "--data.batch_size=8"]
+    options += ["--model.predictor_options={embedding: 16, widths: [8, 16]}"]
+    options += ["--trainer.max_epochs=12", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    folder = tmp_path / "broken"
+    group = started(2, partial(logged, tmp_path), ["train", *options, f"--output={folder}"])
+    state = folder / "last.ckpt"
+    until = time.monotonic() + 300
+    while not state.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    for rank in ranks:
+        os.kill(group[rank].pid or 0, number)
+    for process in group:
+        process.join(timeout=60)
+    alive = [process for process in group if process.is_alive()]
+    for process in alive:
+        process.kill()
+    assert not alive
+    for rank in {0, 1} - (set(ranks) if number == signal.SIGKILL else set()):
+        assert group[rank].exitcode == 1
+        *_, last = (tmp_path / f"rank{rank}.log").read_text().splitlines()
+        assert last.startswith("pointcanon: ")
+        assert "go on with" in last
+    assert StateFile().load_checkpoint(state)["global_step"] < 48
+    together(2, trained, [*options, f"--output={folder}", "--resume"])
+    together(2, trained, [*options, f"--output={tmp_path / 'whole'}"])
+    assert difference(learned(folder), learned(tmp_path / "whole")) is None
 
 
 @pytest.mark.parametrize("parts", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from pointcanon.canonicalizers import VectorNeuron
+from pointcanon.canonicalizers import PCA, VectorNeuron
 from pointcanon.cli import COMMANDS
+from pointcanon.datasets.parametric import ParametricShapes
+from pointcanon.model import Canonicalized
+from pointcanon.predictors import create
 from pointcanon.train.run import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,8 +79,48 @@ def test_rows_as_they_are_printed(accuracy: Any) -> None:
     *_, alone, behind = accuracy.demo_rows(report)
     assert alone == "| PointNet alone | 75.0 | 12.5 ± 1.4 |  |"
     assert behind == "| behind `Optimized` | 50.0 | 25.0 ± 1.4 | 0.10 % |"
-    assert accuracy.frozen_row("PCA", report) == (
-        "| behind PCA | 50.0 / 50.0 | 25.0 ± 1.4 / 25.0 ± 1.4 | 25.0 | 0.10 % | 3 | 12 ms |"
+    behind = "| behind PCA | 50.0 / 50.0 | 25.0 ± 1.4 / 25.0 ± 1.4 | 25.0 | 0.10 % | 3 | 12 ms |"
+    assert accuracy.frozen_row("PCA", report) == behind
+    assert accuracy.pair(report) == "overall / mean class accuracy %"
+    parts = {"overall_accuracy": "instance_miou", "mean_class_accuracy": "class_miou"}
+    text = json.dumps(report)
+    for figure, of_parts in parts.items():
+        text = text.replace(figure, of_parts)
+    assert accuracy.frozen_row("PCA", json.loads(text)) == behind
+    assert accuracy.pair(json.loads(text)) == "instance / class mIoU %"
+
+
+TABLES = {
+    "overall accuracy %": "accuracy.py demo",
+    "overall / mean class accuracy %": "accuracy.py modelnet40",
+    "instance / class mIoU %": "accuracy.py shapes-parts",
+    "nearest candidate, 500 validation clouds": "candidates.py",
+    "": "methods.py canonicalizer.py dgcnn.py pointnet2.py",  # and trials, said to be such
+}
+"""By the first word of its heading, what prints a table."""
+
+
+def test_a_script_for_every_table() -> None:
+    rules = re.finditer(r"^\|(.*?)\|.*\n\|---", RESULTS, re.MULTILINE)
+    assert {rule[1].strip() for rule in rules} == set(TABLES)
+    scripts = {name for made_by in TABLES.values() for name in made_by.split() if ".py" in name}
+    for script in scripts:
+        assert (ROOT / "benchmarks" / script).is_file()
+    accuracies = (ROOT / "benchmarks" / "accuracy.py").read_text()
+    assert all(f'"{made_by.split()[1]}"' in accuracies for made_by in list(TABLES.values())[:3])
+
+
+def test_the_script_makes_the_rows(accuracy: Any, tmp_path: Path) -> None:
+    shapes = ParametricShapes("test")
+    sizes = {"num_parts": len(shapes.parts), "num_categories": len(shapes.classes)}
+    network = create("pointnet-parts", **sizes, transforms=False, widths=(4,), embedding=4)
+    file = tmp_path / "parts.safetensors"
+    names: dict[str, Any] = {"classes": tuple(shapes.classes), "parts": tuple(shapes.parts)}
+    Canonicalized(network, PCA(1)).save(file, **names)
+    report = accuracy.frozen(None, file, seeds=(0,), limit=2)
+    assert accuracy.pair(report) == "instance / class mIoU %"
+    assert re.fullmatch(
+        r"\| behind PCA( \| [\d.± /%ms-]+){6} \|", accuracy.frozen_row("PCA", report)
     )
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from pointcanon import datasets
+from pointcanon.cli import main
 from pointcanon.coordinates import convert
 from pointcanon.datasets import ScanObjectNN
+from pointcanon.datasets.check import check
 from pointcanon.datasets.scan_object_nn import VARIANTS
 from pointcanon.errors import DataError, InputError, UsageError
 
@@ -185,6 +187,47 @@ def test_arguments_that_cannot_be_met(root: Path, tmp_path: Path) -> None:
     write_file(tmp_path / "main_split" / "training_objectdataset.h5")
     with pytest.raises(DataError, match=r"main_split has no test_objectdataset\.h5"):
         ScanObjectNN(tmp_path, "test", num_points=9)
+
+
+def test_check_counts_and_finds_what_is_wrong(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ScanObjectNN PB_T25_R in .*main_split \(h5\).*variant"):
+        check(root)
+    with pytest.raises(DataError, match="not one variant 'PB'"):
+        check(root, variant="PB")
+    report = check(root, layout="h5", variant="PB_T25")
+    assert (report.dataset, report.layout, report.coordinate_frame) == (
+        *("ScanObjectNN PB_T25", "h5", "y-up"),
+    )
+    assert report.ok
+    assert report.totals == {"train": 150, "test": 30}
+    assert report.counts["train"]["sofa"] == 10
+    assert not report.duplicates
+    path = write_file(tmp_path / "training_objectdataset_augmentedrot.h5")
+    with h5py.File(path, "a") as file:
+        file["data"][3] = file["data"][140]
+        file["data"][7, 5] = np.nan
+    report = check(tmp_path)
+    assert report.dataset == "ScanObjectNN PB_T50_R"
+    assert report.missing == {"train": [], "test": ["test_objectdataset_augmentedrot.h5"]}
+    assert list(report.unreadable) == ["training_objectdataset_augmentedrot.h5[7]"]
+    ((first, second),) = report.duplicates
+    assert (first.cloud[-3:], first.category) == ("[3]", "bag")
+    assert (second.cloud[-5:], second.category) == ("[140]", "toilet")
+    write_file(path.with_name(report.missing["test"][0])).write_bytes(b"")
+    report = check(path)
+    assert report.totals == {"train": 149, "test": 0}
+    assert "fetch it again" in report.unreadable["test_objectdataset_augmentedrot.h5"]
+
+
+def test_check_from_the_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["data", "check", "--data.root", str(root)]
+    assert main(command) == 1
+    assert "OBJ_BG" in capsys.readouterr().err
+    assert main([*command, "--data.variant", "OBJ_ONLY"]) == 0
+    shown = capsys.readouterr().out
+    assert f"ScanObjectNN OBJ_ONLY at {root / 'main_split_nobg'}" in shown
+    assert "layout h5, coordinate frame y-up" in shown
+    assert "duplicates: 0 groups" in shown
 
 
 NAN = np.full((150, SIZE, 3), np.nan, dtype=np.float32)

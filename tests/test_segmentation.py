@@ -358,6 +358,14 @@ def test_a_part_network_that_answers_nan_is_named() -> None:
     with pytest.raises(InputError, match="NaN or infinity for cloud 0"):
         evaluate(Broken(), Boxes([0, 1]), "I/I")
 
+    class BrokenForSome(Cutter):
+        def predict(self, points: Tensor, *rest: Any) -> Tensor:
+            category = rest[-1]
+            return super().predict(points, *rest) + torch.where(category[:, :1] > 0, 0, torch.nan)
+
+    with pytest.raises(InputError, match="NaN or infinity for cloud 1"):
+        evaluate(BrokenForSome(), Boxes([0, 1]), "I/I", max_points=30)
+
 
 # training
 

@@ -241,7 +241,7 @@ def test_mirror_images_are_posed_as_mirror_images(orthonormalise):
     poses = mirrored.apply(points @ reflections.mT)
     torch.testing.assert_close(poses, frames.apply(points) * flip, atol=1e-9, rtol=0)
     # polar vectors turn by S, axial ones by det(S) S
-    parity = torch.tensor([1.0, 1.0, -1.0]).double()[: canonicalizer.columns]
+    parity = torch.tensor([1.0, 1.0, -1.0]).double()[: frames.raw.shape[-1]]
     raw = (reflections @ frames.raw[:, 0]) * parity
     torch.testing.assert_close(mirrored.raw[:, 0], raw, atol=1e-10, rtol=0)
     assert (frames.raw.norm(dim=-2) > 1e-4).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import subprocess
 import sys
@@ -142,12 +143,18 @@ def test_a_training_too_short_to_be_validated_is_kept(tmp_path: Path) -> None:
     assert {"best.safetensors", "last.ckpt"} <= {path.name for path in folder.iterdir()}
 
 
-def test_the_kept_configuration_resumes_its_own_run(tmp_path: Path) -> None:
+def test_the_kept_configuration_resumes_its_own_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lightning = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(lightning, "handlers", [caplog.handler])
     folder = _train("shapes-pointnet", tmp_path, *TINY_POINTNET)
     before = (folder / "last.ckpt").read_bytes()
     config = str(folder / "config.yaml")
     assert train(["--config", config, "--resume", "--trainer.max_epochs=2"]) == folder
     assert (folder / "last.ckpt").read_bytes() != before
+    assert "Restor" in caplog.text  # Lightning is heard, but not on what we have decided
+    assert "weights_only" not in caplog.text
 
 
 def test_an_upright_prior_under_z(predictor: Path, tmp_path: Path) -> None:

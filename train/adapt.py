@@ -32,7 +32,7 @@ from pointcanon.errors import InputError
 from pointcanon.eval.audit import Audit, audit, meet
 from pointcanon.eval.protocols import pose_rotations, random_pose
 from pointcanon.losses import Refines, prior_loss, refinement_loss
-from pointcanon.model import Canonicalized, Vote
+from pointcanon.model import RECOMMENDED_VOTE, Canonicalized
 from pointcanon.predictors.base import TRAINED_ON
 from pointcanon.priors import Aligned, Mixture, Prior, Upright
 from pointcanon.rotations import product
@@ -75,10 +75,6 @@ class Training:
     losses: tuple[tuple[int, float], ...]
 
 
-VOTE: Vote = "certainty"
-"""How several frames are joined, as in the recommended recipes."""
-
-
 class Adapted(Canonicalized):
     """What :func:`adapt` makes: the network behind its canonicalizer, and what became of it.
 
@@ -97,7 +93,7 @@ class Adapted(Canonicalized):
         report: Audit,
         history: Training,
     ) -> None:
-        super().__init__(predictor, canonicalizer, vote=VOTE)
+        super().__init__(predictor, canonicalizer, vote=RECOMMENDED_VOTE)
         self.coordinate_frame = report.coordinate_frame
         self.report, self.history = report, history
 
@@ -211,7 +207,7 @@ def adapt(
     network.to(device)
     canonicalizer.to(device).eval()
     report = audit(
-        Canonicalized(network, canonicalizer, VOTE),
+        Canonicalized(network, canonicalizer, RECOMMENDED_VOTE),
         given.select(out),
         rotations=3,
         seed=seed,

@@ -147,7 +147,7 @@ class SaveState(Checkpoint):
         # what one process wants all do, or some would wait for the others for ever
         agreed = trainer.strategy.reduce_boolean_decision
         if agreed(due, all=False):
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             self.saved = time.monotonic()
             if agreed(self.stopping, all=False):
                 raise Interrupted

@@ -14,6 +14,8 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import DistError
 
 from pointcanon.errors import DataError, PointcanonError, UsageError
 from pointcanon.files import atomic_write
@@ -153,10 +155,16 @@ def _check_folder(folder: Path, resume: bool) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for torn in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            torn.unlink(missing_ok=True)
+        _remove_torn(folder)
     except OSError as error:
         raise DataError(f"cannot write to {folder}: {error}") from error
+
+
+@rank_zero_only  # of several processes the first may write already when the last looks
+def _remove_torn(folder: Path) -> None:
+    """Files of a run that was killed while it wrote them."""
+    for torn in folder.glob(".*.tmp"):
+        torn.unlink(missing_ok=True)
 
 
 def _loggers(folder: Path) -> list[Logger]:
@@ -213,6 +221,11 @@ def _train(arguments: list[str]) -> Path:
     except OSError as error:
         raise DataError(f"{error}; {_left(state, cli.command)}") from error
     except RuntimeError as error:
+        if isinstance(error, DistError) or "gloo" in str(error):
+            raise PointcanonError(
+                "another process of the training ended, and said why where it writes; "
+                f"{_left(state, cli.command)}"
+            ) from error
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(

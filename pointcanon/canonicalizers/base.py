@@ -106,7 +106,7 @@ class Canonicalizer(nn.Module, ABC):
         return {name: value for name, value in all_of_them.items() if not _holds_modules(value)}
 
     def with_options(self, /, **changes: Any) -> Canonicalizer:
-        """A copy with other options and the same weights.
+        """A copy with other options and the same weights, frozen where they are, in the same mode.
 
         For options that can be changed without training, such as ``looks``, ``answers`` and
         ``gate`` of ``Optimized``. Nested canonicalizers stay as they are; nothing is shared.
@@ -132,8 +132,14 @@ class Canonicalizer(nn.Module, ABC):
         except CheckpointError as error:
             raise InputError(f"{error}; that takes a training of its own") from error
         changed.load_state_dict(state, assign=True)  # in the dtype that they have
-        weight = next(self.parameters(), torch.empty(0))
-        return changed.to(weight.device).train(self.training)
+        changed.coordinate_frame = self.coordinate_frame
+        trainable = dict(self.named_parameters(remove_duplicate=False))
+        for name, weight in changed.named_parameters(remove_duplicate=False):
+            weight.requires_grad_(trainable[name].requires_grad)
+        modes = {name: module.training for name, module in self.named_modules()}
+        for name, module in changed.named_modules():
+            module.training = modes.get(name, self.training)
+        return changed.to(next(self.parameters(), torch.empty(0)).device)
 
     @abstractmethod
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor, nn
 
-from pointcanon import clouds, neighbors, rotations
+from pointcanon import clouds, neighbors
 from pointcanon.canonicalizers.base import Canonicalizer
-from pointcanon.canonicalizers.vector_neuron import Orthonormalise
+from pointcanon.canonicalizers.vector_frames import (
+    Orthonormalise,
+    vector_frames,
+    vectors_needed,
+)
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
 from pointcanon.layers import steerable
@@ -85,20 +87,13 @@ class Steerable(Canonicalizer):
         ):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; choose at least {least}")
-        if orthonormalise not in get_args(Orthonormalise):
-            raise InputError(
-                f"unknown orthonormalisation {orthonormalise!r}; choose one of: "
-                f"{', '.join(get_args(Orthonormalise))}"
-            )
         self.lmax, self.channels, self.layers = lmax, channels, layers
         self.k, self.num_points = k, num_points
         self.orthonormalise: Orthonormalise = orthonormalise
         self.mirror, self.normals, self.dropout = mirror, normals, dropout
-        self.columns = 2 if orthonormalise == "gram-schmidt" else 3
         self.harmonics = steerable.SolidHarmonics(lmax)
-        self.network = _Network(
-            lmax, 2 * RADIAL + int(normals), channels, layers, self.columns, dropout
-        )
+        vectors = vectors_needed(orthonormalise)
+        self.network = _Network(lmax, 2 * RADIAL + int(normals), channels, layers, vectors, dropout)
 
     @property
     def hyperparameters(self) -> dict[str, object]:
@@ -126,14 +121,7 @@ class Steerable(Canonicalizer):
         # the mean is told apart from zero by comparison with what it is the mean of
         power = steerable.mean(vectors.detach().square().sum(dim=0), real)
         size = power[..., 0].amax(dim=0).sqrt()
-        if self.orthonormalise == "gram-schmidt":
-            frame = rotations.gram_schmidt(raw)
-        else:
-            frame = rotations.svd_project(raw)
-        degenerate = rotations.near_singular(raw, size, self.columns) | clouds.collinear(points)
-        raw = raw[:, None]
-        fisher = raw if self.orthonormalise == "matrix-fisher" else None
-        return Frames.of(frame, degenerate=degenerate, raw=raw, fisher=fisher)
+        return vector_frames(raw, size, points, self.orthonormalise)
 
     def _surroundings(self, points: Tensor, centres: Tensor, mask: Tensor | None) -> Tensor:
         """Harmonic moments of the neighbours of each centre, ``(D, RADIAL, B, M)``."""

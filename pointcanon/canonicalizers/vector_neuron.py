@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from pointcanon import clouds, neighbors, rotations
+from pointcanon import clouds, neighbors
 from pointcanon.canonicalizers.base import Canonicalizer
+from pointcanon.canonicalizers.vector_frames import (
+    Orthonormalise,
+    vector_frames,
+    vectors_needed,
+)
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
 from pointcanon.layers import vector_neurons as vn
 from pointcanon.portable import exporting
 
-__all__ = ["Orthonormalise", "VectorNeuron"]
-
-Orthonormalise = Literal["gram-schmidt", "svd", "matrix-fisher"]
-"""How vectors that turn with the cloud are made a rotation."""
+__all__ = ["VectorNeuron"]
 
 
 class VectorNeuron(Canonicalizer):
@@ -61,11 +63,6 @@ class VectorNeuron(Canonicalizer):
         super().__init__()
         if size not in _NETWORKS:
             raise InputError(f"unknown size {size!r}; choose one of: {', '.join(_NETWORKS)}")
-        if orthonormalise not in get_args(Orthonormalise):
-            raise InputError(
-                f"unknown orthonormalisation {orthonormalise!r}; choose one of: "
-                f"{', '.join(get_args(Orthonormalise))}"
-            )
         if k < 2:
             raise InputError(f"k is {k}; a point counts as its own neighbour, so choose k >= 2")
         if num_points is not None and num_points < 3:
@@ -76,8 +73,7 @@ class VectorNeuron(Canonicalizer):
         self.orthonormalise: Orthonormalise = orthonormalise
         self.normals = normals
         self.dropout = dropout
-        self.columns = 2 if orthonormalise == "gram-schmidt" else 3
-        self.network = _NETWORKS[size](2 if normals else 1, self.columns, dropout)
+        self.network = _NETWORKS[size](2 if normals else 1, vectors_needed(orthonormalise), dropout)
 
     @property
     def hyperparameters(self) -> dict[str, object]:
@@ -100,14 +96,7 @@ class VectorNeuron(Canonicalizer):
         # the mean is told apart from zero by comparison with what it is the mean of
         power = pool(vectors.detach().square(), mask).sum(dim=-2)
         size = power.amax(dim=-1).sqrt()
-        if self.orthonormalise == "gram-schmidt":
-            frame = rotations.gram_schmidt(raw)
-        else:
-            frame = rotations.svd_project(raw)
-        degenerate = rotations.near_singular(raw, size, self.columns) | clouds.collinear(points)
-        raw = raw[:, None]
-        fisher = raw if self.orthonormalise == "matrix-fisher" else None
-        return Frames.of(frame, degenerate=degenerate, raw=raw, fisher=fisher)
+        return vector_frames(raw, size, points, self.orthonormalise)
 
 
 class _Small(nn.Module):

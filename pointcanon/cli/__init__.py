@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib import import_module
 
 from pointcanon.errors import PointcanonError, UsageError
 
-__all__ = ["main"]
+__all__ = ["main", "printable"]
 
 COMMANDS = {
     "demo": ("demo", "train on the built-in shapes and show what canonicalization does"),
@@ -60,8 +61,13 @@ def _reason(error: PointcanonError) -> str:
     if "\nOriginal Traceback" in text:
         kind = type(error)
         text = text.splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
-    # names in files may hold what a terminal takes for commands
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Text as one line that commands no terminal, as names of files and of what they hold could."""
+    letters = re.sub(r"\s", " ", text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in letters)
 
 
 def _usage() -> str:

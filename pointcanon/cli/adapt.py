@@ -19,7 +19,6 @@ def run(argv: list[str]) -> int:
     Raises:
         PointcanonError: On arguments, files, data or networks that cannot be used.
     """
-    import torch
     from rich.console import Console
 
     from pointcanon import checkpoint
@@ -43,7 +42,7 @@ def run(argv: list[str]) -> int:
     dataset = open_clouds(options, network, num_workers=options.num_workers)
     predictor, _ = meet(network, dataset)
     checkpoint.describe(predictor)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_writable(out, sum(value.nbytes for value in predictor.state_dict().values()))
     model = adapt(
         predictor,
         dataset,
@@ -51,7 +50,7 @@ def run(argv: list[str]) -> int:
         epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        device=pick_device(device),
+        device=pick_device(options.device),
         num_workers=options.num_workers,
         seed=options.seed,
         progress=sys.stderr.isatty(),
@@ -74,6 +73,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
     from pointcanon.cli.given import add_clouds
+    from pointcanon.cli.options import add_machine
 
     parser = ArgumentParser(
         prog="pointcanon adapt",
@@ -94,15 +94,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--epochs", type=PositiveInt, default=None, help="at most")
     parser.add_argument("--batch_size", type=PositiveInt, default=16, help="clouds of a step")
     parser.add_argument("--learning_rate", type=PositiveFloat, default=1e-3, help="at its highest")
-    parser.add_argument(
-        "--num_workers", type=NonNegativeInt, default=0, help="processes that read the data"
-    )
-    parser.add_argument(
-        "--device",
-        type=str | None,
-        default=None,
-        help="such as cpu or cuda; cuda where there is one",
-    )
+    add_machine(parser)
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of everything random")
     parser.add_argument("--json", type=Path | None, default=None, help="write the report here")
     parser.add_argument(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pointcanon.cli import printable
 from pointcanon.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ def run(argv: list[str]) -> int:
     Raises:
         PointcanonError: On arguments, files, data or networks that cannot be used.
     """
-    import torch
     from rich.console import Console
 
     from pointcanon.cli.given import open_clouds
@@ -55,7 +55,6 @@ def run(argv: list[str]) -> int:
     dataset = open_clouds(
         options, network, canonicalizer, num_workers=options.num_workers, limit=options.limit
     )
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = audit(
         network,
         dataset,
@@ -64,7 +63,7 @@ def run(argv: list[str]) -> int:
         seed=options.seed,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
-        device=pick_device(device),
+        device=pick_device(options.device),
         limit=options.limit,
         progress=True,
     )
@@ -72,7 +71,8 @@ def run(argv: list[str]) -> int:
     for worst in found.judged.worst[:3]:
         change = "" if worst.turned is None else f": {worst.upright} becomes {worst.turned}"
         place = worst.source or f"cloud {worst.index}"
-        print(f"changes most: {place}{change}, stays for {100 * worst.agreement:.0f} %")
+        share = f"{100 * worst.agreement:.0f} %"
+        print(f"changes most: {printable(place + change)}, stays for {share}")
     if file is not None:
         atomic_write(file, found.to_json() + "\n")
     if folder is not None:

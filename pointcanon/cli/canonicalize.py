@@ -25,8 +25,8 @@ folder, has a line for each: file, index (in a file of many), output, rotation (
 file), the same as quaternion_wxyz or, of a cloud that is mirrored in its canonical pose, mirrored,
 centre, scale, frame_weight (of that rotation, among those the canonicalizer weighs),
 frame_confidence (how sure it is, where the canonicalizer says so), degenerate. The points written
-are (x - centre) @ rotation. A file that cannot be read has a line with file, index and error, and
-the exit status is then 1.
+are (x - centre) @ rotation. A file that cannot be read, or that a network has no answer for, has a
+line with file, index and error, and the exit status is then 1.
 """
 
 
@@ -65,18 +65,16 @@ def run(argv: list[str]) -> int:
             records.append({**item.record, "output": str(place), **pose})
         return records
 
-    with share.together() as any_failed:
-        streaming.stream(
-            model,
-            options,
-            lines,
-            share,
-            answer,
-            normals=looks_at_normals(model.canonicalizer),
-            num_points=streaming.points_seen(options, model),
-            whole=True,
-        )
-        return int(any_failed(lines.failed > 0))
+    return streaming.stream(
+        model,
+        options,
+        lines,
+        share,
+        answer,
+        normals=looks_at_normals(model.canonicalizer),
+        num_points=streaming.points_seen(options, model),
+        whole=True,
+    )
 
 
 def _posed(cloud: Cloud, pose: dict[str, Any]) -> Cloud:

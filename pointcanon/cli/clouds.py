@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pointcanon import readers
+from pointcanon.cli import printable
 from pointcanon.coordinates import convert
 from pointcanon.errors import CheckpointError, DataError, InputError, UsageError
 
@@ -94,7 +95,8 @@ class Preparation:
         with np.errstate(over="ignore", invalid="ignore"):
             centre = points.mean(axis=0)
             scale = np.linalg.norm(points - centre, axis=1).max() if self.unit_ball else 1.0
-        if not np.isfinite(np.float32(np.abs(points).max())) or not np.isfinite(scale):
+            reach = np.float32(np.abs(points).sum())  # which bounds their mean and differences
+        if not np.isfinite(reach) or not np.isfinite(scale):
             raise DataError(f"{item.name} has coordinates beyond the range of float32")
         scale = float(scale) or 1.0
         if self.unit_ball:
@@ -253,7 +255,7 @@ def progress(files: int, show: bool) -> Iterator[Callable[[float, list[str]], No
 
         def report(_: float, errors: list[str]) -> None:
             for error in errors:
-                print(f"pointcanon: {error}", file=sys.stderr)
+                print(f"pointcanon: {printable(error)}", file=sys.stderr)
 
         yield report
         return
@@ -267,6 +269,7 @@ def progress(files: int, show: bool) -> Iterator[Callable[[float, list[str]], No
         def advance(weight: float, errors: list[str]) -> None:
             bar.advance(task, weight)
             for error in errors:
-                bar.console.print(f"pointcanon: {error}", markup=False, soft_wrap=True)
+                line = f"pointcanon: {printable(error)}"
+                bar.console.print(line, markup=False, soft_wrap=True)
 
         yield advance

@@ -21,7 +21,6 @@ def run(argv: list[str]) -> int:
     """
     from functools import partial
 
-    import torch
     from rich.console import Console
 
     from pointcanon.canonicalizers import Identity
@@ -61,14 +60,13 @@ def run(argv: list[str]) -> int:
     if names and model.segments:
         raise UsageError("--corruptions is for classifiers: leave it out")
     share = Share.from_environment()
-    device = options.device or (f"cuda:{share.local_rank}" if torch.cuda.is_available() else "cpu")
     measure = partial(
         evaluate,
         model,
         protocol=chosen,
         seeds=seeds,
         batch_size=options.batch_size,
-        device=pick_device(device),
+        device=pick_device(options.device, share.local_rank),
         num_workers=options.num_workers,
         limit=options.limit,
         restricted=options.restricted,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pointcanon.cli import printable
 from pointcanon.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ def _read(
                 items.append(item)
             else:
                 failed += 1
-    name = options.files[0] if len(options.files) == 1 else f"{len(options.files)} paths"
+    only = len(options.files) == 1
+    name = printable(options.files[0]) if only else f"{len(options.files)} paths"
     if not items:
         raise DataError(f"{name}: none of the {len(files):,} files can be read")
     if failed:
@@ -199,7 +201,7 @@ def _labels(
     classes = list(known or ())
     if options.labels == "none" or (options.labels is None and not classes):
         return classes, {}
-    folders = {file: folder_names(file, options.files) for file in files}
+    folders = {file: [*map(printable, folder_names(file, options.files))] for file in files}
     if classes:
         found = {
             file: next((name for name in names if name in classes), None)

@@ -27,6 +27,7 @@ __all__ = [
     "Parser",
     "add_canonicalizer",
     "add_computing",
+    "add_machine",
     "open_canonicalizer",
     "open_checkpoint",
     "open_model",
@@ -105,9 +106,22 @@ def parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> jsonargparse.
 
 def add_computing(parser: jsonargparse.ArgumentParser) -> None:
     """The options that say how clouds are run through a network, and how many of them."""
-    from jsonargparse.typing import NonNegativeInt, PositiveInt
+    from jsonargparse.typing import PositiveInt
 
     parser.add_argument("--batch_size", type=PositiveInt, default=32, help="clouds at once")
+    add_machine(parser)
+    parser.add_argument(
+        "--limit",
+        type=PositiveInt,
+        default=None,
+        help="use n clouds, drawn from all of the data set: the same ones every time",
+    )
+
+
+def add_machine(parser: jsonargparse.ArgumentParser) -> None:
+    """The options that say what computes and what reads."""
+    from jsonargparse.typing import NonNegativeInt
+
     parser.add_argument(
         "--num_workers", type=NonNegativeInt, default=0, help="processes that read the data"
     )
@@ -117,22 +131,21 @@ def add_computing(parser: jsonargparse.ArgumentParser) -> None:
         default=None,
         help="such as cpu or cuda; cuda where there is one",
     )
-    parser.add_argument(
-        "--limit",
-        type=PositiveInt,
-        default=None,
-        help="use n clouds, drawn from all of the data set: the same ones every time",
-    )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name.
+def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
+    """The device of that name; by default a GPU where there is one.
+
+    Args:
+        name: As torch has it.
+        local_rank: Of several processes on this machine which, each with a GPU of its own.
 
     Raises:
         UsageError: If there is none here.
     """
     import torch
 
+    name = name or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -251,11 +264,11 @@ def open_model(
         UsageError: As for the last two.
     """
     from pointcanon.canonicalizers import Identity
-    from pointcanon.model import Canonicalized
+    from pointcanon.model import RECOMMENDED_VOTE, Canonicalized
 
     model = open_checkpoint(path)
     if not isinstance(model, Canonicalized):
-        model = Canonicalized(model, Identity())
+        model = Canonicalized(model, Identity(), RECOMMENDED_VOTE)
     front = model.canonicalizer if canonicalizer is None else open_canonicalizer(canonicalizer)
     front = with_options(front, canonicalizer_options)
     if front is not model.canonicalizer:

@@ -37,7 +37,8 @@ over the points. --labels puts the label of every point into the line, in the or
 --out writes them to files, with the names that the clouds have in their folders: .npy as .npy (N,),
 .npz and .h5 as .npz, everything else, with the points, as .ply.
 
-A file that cannot be read has a line with file, index and error, and the exit status is then 1.
+A file that cannot be read, or that the network has no answer for, has a line with file, index and
+error, and the exit status is then 1.
 Under torchrun the files are shared out, and each process writes its own FILE.
 """
 
@@ -67,18 +68,16 @@ def run(argv: list[str]) -> int:
     lines = streaming.Lines(options.json, options.resume, share)
     model = streaming.model_of(options, share)
     answer = _Parts(model, options) if model.segments else _Classes(model, options)
-    with share.together() as any_failed:
-        streaming.stream(
-            model,
-            options,
-            lines,
-            share,
-            answer,
-            normals=looks_at_normals(model),
-            num_points=None if model.segments else streaming.points_seen(options, model),
-            whole=model.segments and options.out is not None,
-        )
-        return int(any_failed(lines.failed > 0))
+    return streaming.stream(
+        model,
+        options,
+        lines,
+        share,
+        answer,
+        normals=looks_at_normals(model),
+        num_points=None if model.segments else streaming.points_seen(options, model),
+        whole=model.segments and options.out is not None,
+    )
 
 
 class _Classes:

@@ -1,8 +1,8 @@
 """What ``predict`` and ``canonicalize`` share: files go in as a stream, JSON lines come out.
 
 Any number of files takes the memory of a few batches. Every cloud has one line in the output, and
-a cloud that cannot be used has one that says why. Lines are appended whole, a batch at a time, so a
-run that was interrupted goes on where it stopped.
+a cloud that cannot be used, or that a network has no answer for, has one that says why. Lines are
+appended whole, a batch at a time, so a run that was interrupted goes on where it stopped.
 
 Under ``torchrun`` the files are dealt out over the processes, and each writes its own shard.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from glob import escape
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import roma
@@ -30,7 +30,7 @@ from pointcanon import readers
 from pointcanon.cli.clouds import Item, Preparation, conversion, in_unit_ball, loaded, progress
 from pointcanon.cli.options import Parser, add_canonicalizer, open_model, pick_device
 from pointcanon.coordinates import convert
-from pointcanon.errors import DataError, UsageError
+from pointcanon.errors import DataError, InputError, NotFiniteError, UsageError
 from pointcanon.files import require_writable
 from pointcanon.model import Canonicalized
 from pointcanon.rotations import svd_project
@@ -108,10 +108,7 @@ def model_of(options: argparse.Namespace, share: Share) -> Canonicalized:
     """
     model = open_model(options.checkpoint, options.canonicalizer, options.canonicalizer_options)
     in_unit_ball(model)
-    device = options.device
-    if device is None:
-        device = f"cuda:{share.local_rank}" if torch.cuda.is_available() else "cpu"
-    return model.to(pick_device(device))
+    return model.to(pick_device(options.device, share.local_rank))
 
 
 # ------------------------------------------------------------------------------------ processes
@@ -276,17 +273,24 @@ def _cut_torn_line(file: Path) -> None:
 # -------------------------------------------------------------------------------------- streaming
 
 
+Answer: TypeAlias = Callable[
+    [list[Item], Tensor, Tensor | None, Tensor | None], list[dict[str, Any]]
+]
+"""From clouds, their points ``(B, N, 3)``, mask ``(B, N)`` or None and normals or None, on the
+device of the model, to a record of each."""
+
+
 def stream(
     model: Canonicalized,
     options: argparse.Namespace,
     lines: Lines,
     share: Share,
-    answer: Callable[[list[Item], Tensor, Tensor | None, Tensor | None], list[dict[str, Any]]],
+    answer: Answer,
     *,
     normals: bool,
     num_points: int | None,
     whole: bool = False,
-) -> None:
+) -> int:
     """Put the files of this process through ``answer``, batch by batch, and its records out.
 
     Args:
@@ -294,41 +298,47 @@ def stream(
         options: Those of :func:`add_options`.
         lines: Takes the records.
         share: Of this process.
-        answer: Records of clouds, given points ``(B, N, 3)``, mask ``(B, N)`` or None and normals
-            or None on the device of the model.
+        answer: What is said of a batch; InputError, if one of its clouds has no answer.
         normals: Whether the clouds need normals.
         num_points: Points that are drawn of larger clouds; None gives ``answer`` all.
         whole: Whether ``answer`` needs the clouds as the files have them.
+
+    Returns:
+        The exit status: 1 if any process has a line that reports an error.
 
     Raises:
         DataError: If a folder holds nothing that can be read, or the output cannot be written.
         UsageError: If the coordinate frame is unknown, or the checkpoint does not say its own.
     """
-    prepare = Preparation(
-        num_points,
-        in_unit_ball(model),
-        conversion(options.coordinate_frame, model.coordinate_frame),
-        normals,
-        samples=max(2048, points_seen(options, model) or 0),
-        whole=whole,
-    )
-    files = list(readers.find(options.paths))[share.rank :: share.world]
-    files = [file for file in files if None not in lines.done.get(file, ())]
-    items = loaded(
-        files,
-        prepare,
-        num_workers=options.num_workers,
-        prefetch=options.batch_size,
-        done=lines.done,
-    )
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    with torch.no_grad(), progress(len(files), share.rank == 0) as advance:
-        for lot in _lots(items, options.batch_size):
-            good = [item for item in lot if item.error is None]
-            bad = [item for item in lot if item.error is not None]
-            records = answer(good, *_padded(good, weight)) if good else []
-            lines.append(records + [{**item.record, "error": item.error} for item in bad])
-            advance(sum(item.weight for item in lot), [str(item.error) for item in bad])
+    with share.together() as any_failed:
+        prepare = Preparation(
+            num_points,
+            in_unit_ball(model),
+            conversion(options.coordinate_frame, model.coordinate_frame),
+            normals,
+            samples=max(2048, points_seen(options, model) or 0),
+            whole=whole,
+        )
+        files = list(readers.find(options.paths))[share.rank :: share.world]
+        files = [file for file in files if None not in lines.done.get(file, ())]
+        items = loaded(
+            files,
+            prepare,
+            num_workers=options.num_workers,
+            prefetch=options.batch_size,
+            done=lines.done,
+        )
+        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        with torch.no_grad(), progress(len(files), share.rank == 0) as advance:
+            for lot in _lots(items, options.batch_size):
+                good = [item for item in lot if item.error is None]
+                bad = [item for item in lot if item.error is not None]
+                records = _answered(good, answer, weight) if good else []
+                records += [{**item.record, "error": item.error} for item in bad]
+                lines.append(records)
+                errors = [record["error"] for record in records if "error" in record]
+                advance(sum(item.weight for item in lot), errors)
+        return int(any_failed(lines.failed > 0))
 
 
 def _lots(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -344,6 +354,19 @@ def _lots(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         lot.append(item)
     if lot:
         yield lot
+
+
+def _answered(items: list[Item], answer: Answer, like: Tensor) -> list[dict[str, Any]]:
+    """Records of clouds, or of one that a network has no answer for with the reason."""
+    try:
+        return answer(items, *_padded(items, like))
+    except InputError as error:
+        if len(items) > 1:  # the others go on without it
+            return [record for item in items for record in _answered([item], answer, like)]
+        reason = str(error)
+        if isinstance(error, NotFiniteError):
+            reason = f"the network answers NaN or infinity: {error.remedy}"
+        return [{**items[0].record, "error": f"{items[0].name}: {reason}"}]
 
 
 def _padded(items: list[Item], like: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

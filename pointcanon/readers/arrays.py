@@ -16,7 +16,7 @@ from pointcanon.readers.geometry import LIMIT, Cloud, Malformed
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["Stack", "h5_dataset", "npz_array", "open_h5", "open_npy", "open_npz"]
+__all__ = ["Stack", "h5_dataset", "npy_array", "npz_array", "open_h5", "open_npy", "open_npz"]
 
 _POINTS = ("data", "points", "pos", "xyz", "positions", "vertices")
 _NORMALS = ("normals", "normal")
@@ -97,13 +97,23 @@ def _size(array: Array) -> int:
 
 
 def open_npy(path: Path) -> Stack:
-    """The clouds of a ``.npy`` file, mapped into memory rather than read."""
+    """The clouds of a ``.npy`` file."""
+    held = npy_array(path)
+    rows = Array(held.shape, held.dtype, lambda start, stop: np.array(held[start:stop]))
+    return Stack(rows, None)
+
+
+def npy_array(path: Path) -> np.ndarray:
+    """The numbers of a ``.npy`` file, mapped into memory rather than read.
+
+    Raises:
+        Malformed: If it holds none, or fewer than it says; NumPy raises others.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         shape, fortran, dtype = _npy_header(file, size)
         offset = file.tell()
-    mapped = np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
-    return Stack(Array(shape, dtype, lambda start, stop: np.array(mapped[start:stop])), None)
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
 def open_npz(path: Path) -> Stack:

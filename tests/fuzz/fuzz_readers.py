@@ -31,6 +31,7 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
 
     target = TARGETS[name]
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm"))
+    tempfile.tempdir = str(folder)  # of targets that put files in place
     corpus = folder / "corpus"
     corpus.mkdir()
     for number, content in enumerate(target.sound()):

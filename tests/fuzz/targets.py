@@ -12,19 +12,23 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from public_formats import PublicClassifier
-from test_readers import CLOUDS, h5, npz
+from test_checkpoint import rewrite_card
+from test_readers import CLOUDS, h5, npy, npz
 from torch_geometric.data import Data
 
-from pointcanon import checkpoint, predictors, readers
+from pointcanon import Canonicalized, canonicalizers, checkpoint, predictors, readers
 from pointcanon.cli.streaming import Lines, Share
+from pointcanon.datasets import ModelNet40C, ScanObjectNN
 from pointcanon.datasets import modelnet_layouts as modelnet
 from pointcanon.datasets import shapenet_part_layouts as shapenet
 from pointcanon.datasets.rna import RnaFile
+from pointcanon.errors import DataError, PointcanonError
 from pointcanon.predictors.public.layout import read_weights
 from pointcanon.train.run import find_recipe
 
@@ -82,10 +86,23 @@ def stl() -> list[bytes]:
 
 
 def cards() -> list[bytes]:
-    """A checkpoint of pointcanon."""
+    """A checkpoint of pointcanon; one without a checksum, so that damage gets further."""
     network = predictors.PointNet(2, widths=(2,), embedding=2)
     card = checkpoint.Card("predictor", classes=("a", "b"), metrics={"overall_accuracy": 0.5})
-    return [saved(lambda path: checkpoint.save(path, network, card))]
+
+    def unsigned(path: Path) -> None:
+        checkpoint.save(path, network, card)
+        rewrite_card(path, sha256=...)
+
+    return [saved(lambda path: checkpoint.save(path, network, card)), saved(unsigned)]
+
+
+def models() -> list[bytes]:
+    """A canonicalized model, whose card tells of two networks more."""
+    small: dict[str, Any] = {"scorer_widths": (4, 4), "refiner_widths": (4, 4), "keep": 1}
+    network = predictors.PointNet(2, widths=(2,), embedding=2)
+    model = Canonicalized(network, canonicalizers.Optimized(**small))
+    return [saved(model.save)]
 
 
 def weights(**options: bool) -> list[bytes]:
@@ -103,8 +120,6 @@ def torch_file(content: object, **options: bool) -> bytes:
 
 def saved(write: Callable[[Path], object]) -> bytes:
     """What a function writes to a file."""
-    from tempfile import TemporaryDirectory
-
     with TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         write(path)
@@ -161,6 +176,35 @@ def scan_shapenet_h5(path: Path) -> None:
     raise_first(content for _, content in shapenet.H5Layout(path.parent).scan(path))
 
 
+def scan_object_nn() -> list[bytes]:
+    points = np.random.default_rng(0).normal(size=(4, 8, 3)).astype(np.float32)
+    mask = np.array([[-1, 5] * 4] * 4, dtype=np.int32)
+    return [h5(data=points, label=np.arange(4, dtype=np.int32), mask=mask)]
+
+
+MODELNET40_C = {
+    "data_original.npy": npy(np.random.default_rng(0).random((4, 8, 3), dtype=np.float32)),
+    "label.npy": npy(np.arange(4, dtype=np.uint8)[:, None]),
+}
+
+
+def read_placed(
+    name: str, others: dict[str, bytes], opened: Callable[[Path], Any], path: Path
+) -> None:
+    """A file under the name that a data set knows it by, beside sound ones."""
+    with TemporaryDirectory() as folder:
+        place = Path(folder) / name
+        for other in others.keys() - {name}:
+            (Path(folder) / other).write_bytes(others[other])
+        place.symlink_to(path.absolute())
+        try:
+            data = opened(Path(folder))
+            for index in range(min(3, len(data))):
+                data[index]
+        except PointcanonError as error:
+            raise DataError(str(error).replace(str(place), str(path))) from error
+
+
 def rna() -> list[bytes]:
     points = np.random.default_rng(0).integers(-99, 99, (2, 8, 3)).astype(np.int16)
     labels = np.ones((2, 8), dtype=np.int16)
@@ -181,6 +225,7 @@ TARGETS: dict[str, Target] = {
     "obj": Target(".obj", lambda: [*of_kind(".obj"), OBJ.encode()], read_clouds),
     "stl": Target(".stl", stl, read_clouds),
     "safetensors": Target(".safetensors", cards, predictors.load),
+    "model": Target(".safetensors", models, checkpoint.load),
     "torch": Target(".pth", weights, load_weights),
     "torch_old": Target(
         ".t7", partial(weights, _use_new_zipfile_serialization=False), load_weights
@@ -200,6 +245,24 @@ TARGETS: dict[str, Target] = {
     "shapenet_json": Target(
         ".json", lambda: [json.dumps(["shape_data/02691156/a", "é"]).encode()], shapenet._json_list
     ),
+    "scan_object_nn": Target(
+        ".h5",
+        scan_object_nn,
+        partial(
+            read_placed,
+            "test_objectdataset_augmentedrot.h5",
+            {},
+            lambda root: ScanObjectNN(root, "test", num_points=4, background=False),
+        ),
+    ),
+    **{
+        f"modelnet40_c_{name}": Target(
+            ".npy",
+            partial(list, [MODELNET40_C[file]]),
+            partial(read_placed, file, MODELNET40_C, lambda root: ModelNet40C(root, "test")),
+        )
+        for name, file in (("clouds", "data_original.npy"), ("labels", "label.npy"))
+    },
     "rna": Target(".npz", rna, lambda path: RnaFile(path).read()),
     "recipe": Target(".yaml", lambda: [RECIPE.encode()], lambda path: find_recipe(str(path))),
     "resumed": Target(".jsonl", lambda: [LINES], lambda path: Lines(path, True, Share())),

@@ -7,11 +7,11 @@ nothing in it is executed, nothing is written, and memory stays near the size of
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import resource
 import struct
-import subprocess
 import sys
 import time
 import warnings
@@ -19,6 +19,8 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import h5py
@@ -120,9 +122,14 @@ def pickled(path: Path, attack: Attack) -> None:
     path.write_bytes(pickle.dumps(attack))
 
 
+def in_npy(path: Path, attack: Attack) -> None:
+    np.save(path, np.array([attack], dtype=object))
+
+
 def in_npz(path: Path, attack: Attack) -> None:
     values = np.array([attack], dtype=object)
-    np.savez(path, points=values, labels=values, split=values)  # type: ignore[arg-type]
+    with path.open("wb") as file:  # a name would be given the ending
+        np.savez(file, points=values, labels=values, split=values)  # type: ignore[arg-type]
 
 
 def in_yaml(path: Path, attack: Attack) -> None:
@@ -135,10 +142,14 @@ def in_state(old: bool, path: Path, attack: Attack) -> None:
 
 
 CODE: dict[str, tuple[str, Callable[[Path, Attack], object]]] = {
-    "npy": ("npy", lambda path, attack: np.save(path, np.array([attack], dtype=object))),
+    "npy": ("npy", in_npy),
     "npy that is a pickle": ("npy", pickled),
     "npz": ("npz", in_npz),
     "rna": ("rna", in_npz),
+    "modelnet40-c, clouds": ("modelnet40_c_clouds", in_npy),
+    "modelnet40-c, labels": ("modelnet40_c_labels", in_npy),
+    "modelnet40-c that is a pickle": ("modelnet40_c_clouds", pickled),
+    "modelnet40-c that is an archive": ("modelnet40_c_labels", in_npz),
     "torch": ("torch", lambda path, attack: in_state(False, path, attack)),
     "torch of old": ("torch_old", lambda path, attack: in_state(True, path, attack)),
     "a bare pickle": ("torch", pickled),
@@ -195,6 +206,7 @@ def test_weights_of_another_kind_are_refused(dtype: torch.dtype, tmp_path: Path)
     path = tmp_path / "net.safetensors"
     network = predictors.PointNet(2, widths=(2,), embedding=2)
     checkpoint.save(path, network, checkpoint.Card("predictor"))
+    rewrite_card(path, sha256=...)  # written so, rather than damaged
     with checkpoint.safe_open(path, framework="pt") as file:
         card = file.metadata()
     state = {key: value.to(dtype) for key, value in network.state_dict().items()}
@@ -230,7 +242,10 @@ def packed_again(content: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytes:
     from io import BytesIO
 
     out = BytesIO()
-    with zipfile.ZipFile(BytesIO(content)) as sound, zipfile.ZipFile(out, "w", method) as packed:
+    with (
+        zipfile.ZipFile(BytesIO(content)) as sound,
+        zipfile.ZipFile(out, "w", method, compresslevel=1) as packed,
+    ):
         for info in sound.infolist():
             packed.writestr(info.filename, sound.read(info))
     return out.getvalue()
@@ -252,6 +267,25 @@ def huge_chunk() -> bytes:
         options = {"chunks": (1, 1 << 27, 3), "dtype": "f4", "compression": "gzip"}
         held = file.create_dataset("data", (1, 1 << 27, 3), **options)
         held.id.write_direct_chunk((0, 0, 0), np.random.default_rng(0).bytes(500_000))
+    return out.getvalue()
+
+
+def zeros_h5(clouds: tuple[int, int, int], labels: int, chunks: int = 0) -> bytes:
+    """Clouds and labels of zeros; where there are many, in so many chunks of 32 MiB, compressed."""
+    from io import BytesIO
+
+    out = BytesIO()
+    with h5py.File(out, "w") as file:
+        for key, shape in (("data", clouds), ("label", (labels,))):
+            if math.prod(shape) < 1 << 20:
+                file[key] = np.zeros(shape, dtype=np.float32)
+                continue
+            rows = (8 << 20) // math.prod(shape[1:])
+            chunk = zlib.compress(bytes(4 * rows * math.prod(shape[1:])))
+            options = {"dtype": "f4", "compression": "gzip"}
+            held = file.create_dataset(key, shape, chunks=(rows, *shape[1:]), **options)
+            for number in range(chunks):
+                held.id.write_direct_chunk((number * rows, *(0 for _ in shape[1:])), chunk)
     return out.getvalue()
 
 
@@ -281,6 +315,14 @@ BOMBS: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "h5 of a huge chunk": ("h5", lambda path: huge_chunk()),
     "npy of a huge shape": ("npy", lambda path: huge_npy()),
     "npy of a huge header": ("npy", lambda path: b"\x93NUMPY\2\0\xff\xff\xff\xff{" + bytes(99)),
+    "scans that are not there": ("scan_object_nn", lambda path: zeros_h5((1 << 40, 8, 3), 1 << 40)),
+    "scans that unpack": (
+        "scan_object_nn",
+        lambda path: zeros_h5((36 << 10, 2731, 3), 36 << 10, 36),
+    ),
+    "labels that unpack": ("scan_object_nn", lambda path: zeros_h5((4, 8, 3), 1 << 28, 32)),
+    "labels that unpack, modelnet": ("modelnet_h5", lambda path: zeros_h5((4, 8, 3), 1 << 28, 32)),
+    "npy of a huge shape, modelnet40-c": ("modelnet40_c_clouds", lambda path: huge_npy()),
     "npy of empty clouds without number": ("npy", lambda path: npy(np.empty((1 << 50, 0, 3)))),
     "npz that lies": ("npz", lambda path: lying_npz("points.npy", 100)),
     "npz that is too large": ("npz", lambda path: lying_npz("points.npy", 2 << 30)),
@@ -327,24 +369,15 @@ BOMBS: dict[str, tuple[str, Callable[[Path], bytes]]] = {
 
 
 def test_bombs_do_not_go_off(tmp_path: Path) -> None:
-    """In another process, whose memory is limited and measured."""
+    """In another process, whose memory is limited and measured: a fork, all imported."""
     names = {}
     for number, (name, make) in enumerate(BOMBS.values()):
         path = tmp_path / f"file{number}{TARGETS[name].suffix}"
         path.write_bytes(make(path))
         names[str(path)] = name
-    command = [sys.executable, __file__, json.dumps(names)]
-    told = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert told.returncode == 0, told.stderr[-3000:]
-    for case, line in zip(BOMBS, told.stdout.splitlines(), strict=True):
-        grown, seconds, message = json.loads(line)
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        told = pool.submit(light_the_fuses, names).result(timeout=600)
+    for case, (grown, seconds, message) in zip(BOMBS, told, strict=True):
         assert message, f"{case}: it was read"
         assert "memory" not in message, f"{case}: {message}"
         assert "allocate" not in message, f"{case}: {message}"
@@ -353,21 +386,25 @@ def test_bombs_do_not_go_off(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(BOMBS)
 
 
-def light_the_fuses(names: dict[str, str]) -> None:
-    """Read each file; a line says how much memory and time it took, and what was said of it."""
+def light_the_fuses(names: dict[str, str]) -> list[tuple[int, float, str]]:
+    """Read each file: how much memory and time it took, and what was said of it."""
+    torch.set_num_threads(1)  # those of the parent are not here
     for name in set(names.values()):  # what is imported on the way is not counted
         path = Path(next(iter(names))).with_name(f"sound{TARGETS[name].suffix}")
         path.write_bytes(TARGETS[name].sound()[0])
         read(name, path)
         path.unlink()
-    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (3 << 30)
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data
+    limit = pages * resource.getpagesize() + (3 << 30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    told = []
     for path, name in names.items():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.process_time()
         message = read(name, Path(path))
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-        print(json.dumps([grown, time.process_time() - began, message]))
+        told.append((grown, time.process_time() - began, message))
+    return told
 
 
 # ---------------------------------------------------------------------------------------- paths
@@ -411,7 +448,7 @@ def test_shapenet_lists_name_nothing_outside_their_folder(tmp_path: Path) -> Non
                 layout.files("test", layout.classes)
 
 
-@pytest.mark.parametrize("name", ["h5", "modelnet_h5", "shapenet_h5"])
+@pytest.mark.parametrize("name", ["h5", "modelnet_h5", "shapenet_h5", "scan_object_nn"])
 @pytest.mark.parametrize("way", ["external link", "soft link", "external storage", "virtual"])
 def test_h5_files_open_no_others(name: str, way: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret.h5"
@@ -493,5 +530,99 @@ def test_names_in_files_do_not_command_the_terminal(
     assert error[:-1].isprintable()
 
 
-if __name__ == "__main__":
-    light_the_fuses(json.loads(sys.argv[1]))
+def test_names_of_classes_do_not_either(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    network = predictors.PointNet(2, widths=(2,), embedding=2)
+    checkpoint.save(path, network, checkpoint.Card("predictor", classes=("a", "b")))
+    rewrite_card(path, classes=["a", "\x1b[2Jb"])
+    with pytest.raises(CheckpointError, match=r"net\.safetensors: the card's classes is .*x1b"):
+        predictors.load(path)
+
+
+# -------------------------------------------------------------------------------------- folders
+
+SOUND = (b"good.npy", b"\x1b]0;owned\x07.npy", b"\xff.npy", b"$\\frac{/a.npy", b"[red]/a.npy")
+
+
+def hostile_folder(folder: Path) -> None:
+    """Clouds of odd names, and among them all that is no cloud."""
+    for number, name in enumerate(SOUND):
+        path = os.fsencode(folder) + b"/" + name
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        points = np.random.default_rng(number).normal(size=(40, 3))
+        Path(os.fsdecode(path)).write_bytes(npy(points))
+    os.mkfifo(folder / "pipe.npy")
+    (folder / "folder.npy").mkdir()
+    (folder / "loop").symlink_to(folder)
+    for name, target in {"gone": "nowhere", "itself": "itself.npy", "zeros": "/dev/zero"}.items():
+        (folder / f"{name}.npy").symlink_to(target)
+    in_npy(folder / "code.npy", Attack(folder.parent / "executed"))
+    for name, content in {
+        "empty.ply": b"",
+        "\x1b[2Jtorn.ply": b"ply\n",
+        "huge.npy": huge_npy(),
+        "huge.h5": huge_h5(),
+        "nan.npy": npy(np.full((4, 3), np.nan)),
+        "complex.npy": npy(np.zeros((4, 3), complex)),
+        "flat.npy": npy(np.zeros((4, 2))),
+        "far.npy": npy(np.full((4, 3), 1e300)),
+    }.items():
+        (folder / name).write_bytes(content)
+
+
+BAD = 13
+"""Files of a hostile folder that hold no cloud."""
+
+
+def test_a_folder_of_all_that_is_read_for_what_is_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shop.py").write_text("def net(points):\n    return points.var(dim=1)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    hostile_folder(tmp_path / "scans")
+    checkpoint.save(
+        "net.safetensors",
+        predictors.PointNet(2, widths=(2,), embedding=2),
+        checkpoint.Card("predictor"),
+    )
+    audited = "audit shop:net scans --rotations 1 --device cpu --json found.json --pictures drawn"
+    for command, status in (
+        (audited, 0),
+        ("predict net.safetensors scans --device cpu --json out.jsonl", 1),
+        ("canonicalize net.safetensors scans --device cpu --canonicalizer PCA --out posed", 1),
+    ):
+        assert main(command.split()) == status, capsys.readouterr().err
+        said = capsys.readouterr()
+        lines = [*said.out.splitlines(), *said.err.splitlines()]
+        assert all(line.isprintable() for line in lines)
+        assert sum("scans/" in line for line in said.err.splitlines()) == BAD
+        said.out.encode()  # what a terminal of UTF-8 could not be told
+    assert json.loads(Path("found.json").read_text())["n"] == len(SOUND)
+    records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert sum("error" in record for record in records) == BAD
+    assert len(records) == BAD + len(SOUND)
+    posed = {os.fsencode(path.relative_to("posed")) for path in Path("posed").rglob("*.npy")}
+    assert posed == set(SOUND)
+    assert not Path("executed").exists()
+
+
+def test_names_of_folders_become_names_of_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shop.py").write_text("def net(points):\n    return points.var(dim=1)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    for number, name in enumerate((b"$\\frac{", b"\x1b[2J", b"\xff")):
+        folder = Path(os.fsdecode(b"scans/" + name))
+        folder.mkdir(parents=True)
+        points = np.random.default_rng(number).normal(size=(40, 3)) * np.roll([9, 1, 1], number + 1)
+        (folder / "a.npy").write_bytes(npy(points))
+    command = "audit shop:net scans --labels folders --rotations 1 --device cpu --pictures drawn"
+    assert main(command.split()) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.splitlines())
+    assert r"\udcff" in out
+    assert Path("drawn/worst.png").exists()

@@ -75,7 +75,7 @@ def test_frames_of_any_cloud(case: str, effort: object) -> None:
         assert frames.degenerate.shape == (spec.batch,)
         assert {frames.rotations.dtype, frames.log_weights.dtype, frames.centre.dtype} == {dtype}
         if spec.batch:
-            testing.assert_proper(frames)
+            testing.assert_proper(frames, group=motions(case).get("group", "SO3"))
         assert frames.centre.isfinite().all()
         assert frames.log_weights.isfinite().all()
         torch.testing.assert_close(frames.weights.sum(dim=1), frames.weights.new_ones(spec.batch))
@@ -109,7 +109,7 @@ def test_what_is_not_finite_is_refused_or_hidden(case: str, number: float) -> No
         module(points)
     mask = torch.ones(2, 21, dtype=torch.bool)
     mask[1, 7] = False
-    testing.assert_proper(module(points, mask))
+    testing.assert_proper(module(points, mask), group=motions(case).get("group", "SO3"))
 
 
 def test_every_predictor_is_asked() -> None:
