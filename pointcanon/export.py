@@ -42,6 +42,10 @@ TOLERANCE = 1e-3
 SIZES = ((2, 1024), (3, 600), (1, 257))
 """Clouds and points of the batches on which a program must answer as the model does."""
 
+NUDGE, DRAWS = 1e-6, 8
+"""Where a relative change of the points by so little changes the model's own answer, as where two
+poses weigh the same, rounding decides. Such clouds prove nothing; others are drawn, so often."""
+
 Values = dict[str, Tensor]
 """Tensors by name: the inputs of a program, or its outputs."""
 
@@ -64,7 +68,8 @@ def export(model: nn.Module, path: str | Path) -> dict[str, float]:
     The model's card without metrics (:class:`pointcanon.checkpoint.Card`: classes, coordinate
     frame, normalisation, version) travels as JSON under ``pointcanon.card``, in the custom metadata
     of ONNX and in the extra files of ``.pt2``. A program has no checks of clouds, finds neighbours
-    by all N x N distances, and wants coordinates whose squares are in the range of its type.
+    by all N x N distances, holds all posed clouds at once, and wants coordinates whose squares are
+    in the range of its type.
 
     Args:
         model: A ``Canonicalized``, or a predictor; left as it is. Weights in float64 make a
@@ -73,7 +78,8 @@ def export(model: nn.Module, path: str | Path) -> dict[str, float]:
 
     Returns:
         By output, how far the program differs from the model on the clouds compared: random ones
-        and the same turned, at several sizes; as a fraction of the largest entry or of 1.
+        and the same turned, at several sizes; as a fraction of the largest entry or of 1. Clouds
+        whose answer by the model itself hangs on rounding are replaced by others.
 
     Raises:
         ExportError: If the model has no portable form, the program answers otherwise, or packages
@@ -86,16 +92,16 @@ def export(model: nn.Module, path: str | Path) -> dict[str, float]:
     if not hasattr(torch.compiler, "is_exporting"):
         raise ExportError(f"exporting needs torch 2.7 or later, this is {torch.__version__}")
     served = _Served(model)
-    batches = list(_batches(served))
+    example = next(_batches(served, *SIZES[0], torch.Generator().manual_seed(0)))
     with torch.no_grad(), _quiet():
-        answers = [served(**batch) for batch in batches]
+        outputs = tuple(served(**example))
         try:
-            content, program = write(_trace(served, batches[0]), tuple(answers[0]), _card(model))
+            content, program = write(_trace(served, example), outputs, _card(model))
         except ImportError as error:
             raise ExportError(f"{error}: pip install 'pointcanon[export]'") from error
         except Exception as error:  # torch has many, of no common kind
             raise ExportError(f"{name} has no portable form: {_first_line(error)}") from error
-        found = _differences(name, program, batches, answers)
+        found = _differences(name, program, served)
     atomic_write(path, content)
     return found
 
@@ -202,23 +208,23 @@ def _card(model: nn.Module) -> str:
     return json.dumps(asdict(card))
 
 
-def _batches(served: _Served) -> Iterator[Values]:
-    """Random clouds, and the same in other poses, the first of them twice as a check of the trace.
+def _batches(
+    served: _Served, size: int, count: int, generator: torch.Generator
+) -> Iterator[Values]:
+    """Random clouds, and the same in other poses.
 
     Points on the faces of two boxes, with the normals there: principal axes, neighbours and flat
     surfaces are all well determined, as far as they can be for random clouds.
     """
-    generator = torch.Generator().manual_seed(0)
-    for size, count in SIZES:
-        points, normals = _boxes(size, count, generator)
-        rotations = random_rotations(size, generator=generator)
-        for turn in (torch.eye(3).expand(size, 3, 3), rotations):
-            batch = {"points": (points @ turn.mT).to(served.dtype)}
-            if served.normals:
-                batch["normals"] = (normals @ turn.mT).to(served.dtype)
-            if served.categories:
-                batch["category"] = torch.arange(size) % served.categories
-            yield batch
+    points, normals = _boxes(size, count, generator)
+    rotations = random_rotations(size, generator=generator)
+    for turn in (torch.eye(3).expand(size, 3, 3), rotations):
+        batch = {"points": (points @ turn.mT).to(served.dtype)}
+        if served.normals:
+            batch["normals"] = (normals @ turn.mT).to(served.dtype)
+        if served.categories:
+            batch["category"] = torch.arange(size) % served.categories
+        yield batch
 
 
 def _boxes(size: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -236,40 +242,73 @@ def _boxes(size: int, count: int, generator: torch.Generator) -> tuple[Tensor, T
     return clouds.normalise(face * extent + place), normals
 
 
-def _differences(
-    name: str, program: Program, batches: list[Values], answers: list[Values]
-) -> dict[str, float]:
-    """The largest difference of each output.
+def _differences(name: str, program: Program, served: _Served) -> dict[str, float]:
+    """The largest difference of each output, on batches that rounding decides nowhere.
 
     Raises:
         ExportError: If one is too large, or the program fails.
     """
-    worst = dict.fromkeys(answers[0], 0.0)
-    for batch, answer in zip(batches, answers, strict=True):
-        shape = tuple(batch["points"].shape)
-        try:
-            found = program(batch)
-        except Exception as error:  # whatever a runtime may raise
-            raise ExportError(
-                f"the program of {name} fails on points {shape}: {_first_line(error)}"
-            ) from error
-        for key, expected in answer.items():
-            difference = _difference(found[key], expected)
-            worst[key] = max(worst[key], difference)
-            if not difference <= TOLERANCE:
-                raise ExportError(
-                    f"the program of {name} answers otherwise than the model: {key} of points "
-                    f"{shape} differ by {difference:.2g}, more than {TOLERANCE:g}; nothing is "
-                    "written"
-                )
+    generator = torch.Generator().manual_seed(0)
+    worst: dict[str, float] = {}
+    for size, count in SIZES:
+        for draw in range(1, DRAWS + 1):
+            batches = list(_batches(served, size, count, generator))
+            found = [_compared(name, program, served, batch, draw == DRAWS) for batch in batches]
+            agreed = [differences for differences in found if differences is not None]
+            if len(agreed) == len(batches):
+                break
+        for differences in agreed:
+            worst = {key: max(worst.get(key, 0.0), value) for key, value in differences.items()}
     return worst
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def _compared(
+    name: str, program: Program, served: _Served, batch: Values, last: bool
+) -> dict[str, float] | None:
+    """The differences on a batch; None where one is too large, but where rounding decides.
+
+    Raises:
+        ExportError: If one is too large elsewhere, or for the last time, or the program fails.
+    """
+    shape, expected = tuple(batch["points"].shape), served(**batch)
+    try:
+        found = program(batch)
+    except Exception as error:  # whatever a runtime may raise
+        raise ExportError(
+            f"the program of {name} fails on points {shape}: {_first_line(error)}"
+        ) from error
+    apart = {key: _apart(found[key], value) for key, value in expected.items()}
+    wrong = torch.stack([~(each <= TOLERANCE) for each in apart.values()]).any(dim=0)
+    if bool(wrong.any()):
+        if not last and bool(_wavers(served, batch, expected)[wrong].all()):
+            return None
+        key, most = next((key, each) for key, each in apart.items() if not each.max() <= TOLERANCE)
+        raise ExportError(
+            f"the program of {name} answers otherwise than the model: {key} of points {shape} "
+            f"differ by {float(most.max()):.2g}, more than {TOLERANCE:g}; nothing is written"
+        )
+    return {key: float(each.max()) for key, each in apart.items()}
+
+
+def _wavers(served: _Served, batch: Values, answer: Values) -> Tensor:
+    """Of which clouds the model itself answers otherwise once they are nudged, ``(B,)`` bool."""
+    generator, points = torch.Generator().manual_seed(0), batch["points"]
+    wavers = torch.zeros(len(points), dtype=torch.bool)
+    for _ in range(4):
+        noise = torch.randn(points.shape, generator=generator).to(points)
+        nudged = served(**{**batch, "points": points * (1 + NUDGE * noise)})
+        for key, expected in answer.items():
+            wavers |= ~(_apart(nudged[key], expected) <= TOLERANCE)
+    return wavers
+
+
+def _apart(found: Tensor, expected: Tensor) -> Tensor:
+    """The largest difference of each cloud, ``(B,)``, as :data:`TOLERANCE` has it."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
-        return float("inf")
+        return torch.full((len(expected),), torch.inf, dtype=torch.float64)
     found, expected = found.double(), expected.double()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
+    apart = (found - expected).abs().reshape(len(expected), -1).amax(dim=1)
+    return apart / expected.abs().max().clamp_min(1)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Corner(nn.Module):
 def small() -> Optimized:
     torch.manual_seed(0)
     sizes = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
-    return Optimized(keep=2, scorer_points=None, refiner_points=None, **sizes)  # type: ignore[arg-type]
+    return Optimized(keep=2, points=None, **sizes)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ SNIPPET = re.compile(r"^```(python|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SOONER = {"minutes=30": "minutes=0.01, progress=False", "rotations=2": "rotations=1"}
 """What takes long in Python, and in its place."""
 
-SECONDS = ["--minutes", "0.01"]
+SECONDS = ["--minutes", "0.1"]
 """Of ``adapt``, whatever the snippet says."""
 
 NOT_RUN = ("demo", "train")
@@ -85,7 +85,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.save(
         folder / "demo/predictor/best.safetensors", network, checkpoint.Card("predictor", **known)
     )
-    small = Optimized(PCA(4), scorer_points=32, refiner_widths=(8, 16), refiner_points=32)
+    small = Optimized(PCA(4), points=32, refiner_widths=(8, 16))
     pc.Canonicalized(network, small).save(folder / "demo/canonicalizer/best.safetensors")
     for place in ("robust.safetensors", "runs/robust/best.safetensors"):
         pc.Canonicalized(network, PCA(4)).save(folder / place)

@@ -268,7 +268,19 @@ def test_degenerate_clouds_are_counted_and_kept_out_of_the_rotation_error() -> N
     json.dumps(to_json(nothing), allow_nan=False)
 
 
-def test_the_number_of_frames_is_the_number_of_passes(boxes: Boxes) -> None:
+class Half(PCA):
+    """Of every four poses of the principal axes two have no weight."""
+
+    def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
+        poses = super().propose(points, mask, normals).rotations
+        weights = torch.tensor([1.0, 1.0, 0.0, 0.0]).log().to(points)
+        return Frames.of(poses, weights.expand(len(points), -1))
+
+
+@pytest.mark.parametrize(("canonicalizer", "passes"), [(PCA(4), 4), (Half(4), 2)])
+def test_frames_that_have_a_weight_cost_a_pass(
+    canonicalizer: PCA, passes: int, boxes: Boxes
+) -> None:
     calls: list[int] = []
 
     class Counting(Longest):
@@ -276,10 +288,11 @@ def test_the_number_of_frames_is_the_number_of_passes(boxes: Boxes) -> None:
             calls.append(len(points))
             return super().forward(points)
 
-    found = evaluate(Canonicalized(Counting(), PCA(4)), boxes, "I/SO3", seeds=(0, 1), batch_size=9)
-    assert found.frames.count == 4
+    model = Canonicalized(Counting(), canonicalizer)
+    found = evaluate(model, boxes, "I/SO3", seeds=(0, 1), batch_size=9)
+    assert (found.frames.count, found.frames.passes) == (4, passes)
     # as they come, two seeds, once more; and alone as they come and under two seeds
-    assert sorted(calls) == [9] * 3 + [36] * 4
+    assert sorted(calls) == [9] * 3 + [9 * passes] * 4
 
 
 def test_figures_do_not_depend_on_batches_or_workers_or_the_global_generator(boxes: Boxes) -> None:
@@ -567,7 +580,7 @@ BAD = {
     "unknown canonicalizer": (
         ["{robust}", "--protocol", "I/I", "--canonicalizer", "LSD"],
         2,
-        "neither a checkpoint nor one of: modelnet40, PCA, Manhattan, Search",
+        "neither a checkpoint nor one of: modelnet40, parametric-shapes, PCA, Manhattan, Search",
     ),
     "no canonicalizer there": (
         ["{robust}", "--protocol", "I/I", "--canonicalizer", "{predictor}"],

@@ -17,8 +17,10 @@ import pointcanon as pc
 from pointcanon import neighbors, portable, rotations
 from pointcanon.cli import main
 from pointcanon.datasets.parametric import ParametricShapes
+from pointcanon.layers import critical_max, local_moments
 
 exporting = sys.modules["pointcanon.export"]  # pc.export is the function in it
+optimized_module = sys.modules["pointcanon.canonicalizers.optimized"]
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "serve_stream.py"
 
@@ -51,6 +53,17 @@ def small_model() -> pc.Canonicalized:
     lively(predictor)
     predictor.classes, predictor.coordinate_frame = CLASSES, "z-up"
     return pc.Canonicalized(predictor, pc.canonicalizers.PCA(4)).eval()
+
+
+def optimized(*arguments: Any, **options: Any) -> pc.canonicalizers.Optimized:
+    """A small one that mends poses, as a fresh one does not."""
+    torch.manual_seed(0)
+    small = {"scorer_widths": (8, 16), "scorer_hidden": 16, "refiner_widths": (8, 16)}
+    module = pc.canonicalizers.Optimized(*arguments, **{**small, **options}).eval()
+    last = module.refiner.head[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.normal_(last.weight, std=0.3)
+    return module
 
 
 def run(path: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,6 +177,22 @@ def test_neighbours_are_those_of_the_backends(
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("looks", [1, 3])
+def test_few_points_that_repeat_are_scored_as_they_are(
+    looks: int, monkeypatch: pytest.MonkeyPatch, objects: Tensor
+) -> None:
+    module = optimized(pc.canonicalizers.PCA(4), points=64, looks=looks).double()
+    for count in (1, 5, 63, 64):
+        points = objects[:, :count].double()
+        monkeypatch.undo()
+        expected = module(points)
+        for part in (optimized_module, critical_max, local_moments):
+            monkeypatch.setattr(part, "exporting", lambda: True)
+        found = module(points)
+        torch.testing.assert_close(found.log_weights, expected.log_weights)
+        torch.testing.assert_close(found.rotations, expected.rotations)
+
+
 # programs -----------------------------------------------------------------------------------------
 
 
@@ -187,6 +216,28 @@ def test_a_program_answers_as_the_model(
     eye = torch.eye(3).expand_as(found["rotations"])
     torch.testing.assert_close(found["rotations"].mT @ found["rotations"], eye, atol=1e-5, rtol=0)
     torch.testing.assert_close(found["rotations"].det(), torch.ones(size, 4))
+
+
+class Reach(nn.Module):
+    """Looks at nothing but the pose."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        return points.amax(dim=1)
+
+
+def test_a_program_that_chooses_and_mends(tmp_path: Path, objects: Tensor) -> None:
+    """Of clouds of more points than the networks look at, and of fewer."""
+    canonicalizer = optimized(pc.canonicalizers.PCA(4), keep=2, points=270)
+    model = pc.Canonicalized(Reach(), canonicalizer)
+    differences = pc.export(model, tmp_path / "model.pt2")
+    assert max(differences.values()) < 1e-4
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for points in (objects[:1], objects[:5, :77], objects[:, :12]):
+        found, frames = program(points=points), canonicalizer(points)
+        assert not bool(frames.degenerate.any())
+        torch.testing.assert_close(found["logits"], model(points), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found["weights"], frames.weights, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found["rotations"], frames.rotations, atol=1e-4, rtol=0)
 
 
 def test_clouds_in_any_memory_order(exported: Path, objects: Tensor) -> None:
@@ -242,6 +293,38 @@ def test_a_program_that_answers_otherwise_is_not_kept(
         pc.export(small_model(), path)
     assert path.read_bytes() == b"the old file"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class Torn(nn.Module):
+    """Of some clouds it says what rounding says."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        chance = (1e8 * points.sum(dim=(1, 2))).sin()
+        chance = torch.where(points[:, 0, 0] > 0.4, chance, torch.zeros_like(chance))
+        return torch.stack((chance, points.amax(dim=(1, 2))), dim=1)
+
+
+@pytest.mark.parametrize("beyond", [0.4, 0.3])
+def test_where_rounding_decides_other_clouds_are_drawn(
+    beyond: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program may differ where the model is torn, and there alone."""
+
+    def rounded(traced: Any, outputs: tuple[str, ...], card: str) -> Any:
+        content, program = exporting._to_pt2(traced, outputs, card)
+
+        def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            logits = program(inputs)["logits"]
+            return {"logits": logits + 0.1 * (inputs["points"][:, :1, 0] > beyond)}
+
+        return content, run
+
+    monkeypatch.setitem(exporting._FORMATS, ".pt2", rounded)
+    if beyond == 0.4:
+        assert pc.export(Torn(), tmp_path / "model.pt2")["logits"] < 1e-6
+    else:
+        with pytest.raises(pc.ExportError, match="answers otherwise"):
+            pc.export(Torn(), tmp_path / "model.pt2")
 
 
 class Picky(nn.Module):
@@ -323,6 +406,27 @@ def test_every_canonicalizer(name: str, ending: str, tmp_path: Path) -> None:
     differences = pc.export(model, tmp_path / f"model{ending}")
     assert differences["rotations"] < 1e-4
     assert differences["degenerate"] == 0
+
+
+def recommended() -> pc.canonicalizers.Canonicalizer:
+    return optimized(answers=5, looks=4, gate=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".onnx", ".pt2"])
+@pytest.mark.parametrize("make", [recommended, lambda: pc.canonicalizers.load("modelnet40")])
+def test_what_is_recommended(make: Any, ending: str, tmp_path: Path, objects: Tensor) -> None:
+    torch.manual_seed(0)
+    predictor = pc.predictors.create("pointnet", num_classes=5, transforms=True)
+    lively(predictor)
+    model = pc.Canonicalized(predictor, make(), vote="certainty").eval()
+    differences = pc.export(model, tmp_path / f"model{ending}")
+    assert differences["rotations"] < 1e-4
+    for points in (objects[:1], objects[:3, :100]):
+        found = run(tmp_path / f"model{ending}", {"points": points.contiguous()})
+        frames = model.canonicalizer(points)
+        torch.testing.assert_close(found["weights"], frames.weights, atol=1e-3, rtol=0)
+        torch.testing.assert_close(found["logits"], model(points), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def test_adapting_to_a_folder(
 ) -> None:
     def small() -> Optimized:
         sizes = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
-        return Optimized(keep=1, scorer_points=None, refiner_points=None, **sizes)  # type: ignore[arg-type]
+        return Optimized(keep=1, points=None, **sizes)  # type: ignore[arg-type]
 
     monkeypatch.setattr("pointcanon.train.adapt.recommended", small)
     network = pc.predictors.create("pointnet", num_classes=3, embedding=8, widths=(8,))

@@ -77,8 +77,7 @@ def test_an_ordinary_network_learns_to_choose_among_a_group() -> None:
 
     def look(points: Tensor) -> tuple[Tensor, Frames]:
         candidates = Frames.of(group.expand(len(points), -1, 3, 3))
-        posed = candidates.apply(points).flatten(0, 1)
-        embeddings = network(posed).unflatten(0, (len(points), len(group)))
+        embeddings = network(points, candidates.rotations)
         scores = nn.functional.cosine_similarity(embeddings, reference, dim=-1)
         return embeddings, Frames.of(candidates.rotations, 5 * scores)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pointcanon import rotations, testing
+from pointcanon import clouds, rotations, testing
 from pointcanon.canonicalizers import (
     PCA,
     Canonicalizer,
@@ -19,9 +19,17 @@ from pointcanon.canonicalizers import (
     Union,
     VectorNeuron,
 )
-from pointcanon.canonicalizers.optimized import OrbitNet, PoseNet, _random_part, _spread_parts
+from pointcanon.canonicalizers.optimized import (
+    NEIGHBOURS,
+    OrbitNet,
+    PoseNet,
+    _neighbours,
+    _random_part,
+    _spread_parts,
+)
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
+from pointcanon.layers import critical_max
 from pointcanon.layers.group_conv import GroupConv
 from pointcanon.losses import prior_loss, refinement_loss
 from pointcanon.priors import Aligned
@@ -29,12 +37,15 @@ from pointcanon.priors import Aligned
 SMALL: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
 
 
-def plain(network: PoseNet, points: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What a PoseNet computes, written plainly."""
-    features = network.features.peak(network.features.shared(points))
+def plain(network: PoseNet, points: Tensor, turns: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a PoseNet computes of points alone, written plainly: pose the clouds, look at them."""
+    look = network.features
+    features = look.first.linear(points[:, None] @ turns)
+    for layer in (*look.shared, look.peak):
+        features = layer(features.relu())
     if mask is not None:
-        features = features.masked_fill(~mask[..., None], -torch.inf)
-    return network.head(features.amax(dim=1).relu())
+        features = features.masked_fill(~mask[:, None, :, None], -torch.inf)
+    return network.head(features.amax(dim=2).relu())
 
 
 def network(dtype: torch.dtype = torch.float64) -> PoseNet:
@@ -42,12 +53,24 @@ def network(dtype: torch.dtype = torch.float64) -> PoseNet:
     return PoseNet((8, 16, 12), outputs=3).to(dtype).eval()
 
 
+def lesson(clouds: int, size: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """Clouds, ten poses of each, and a gradient of the network's answers."""
+    generator = torch.Generator().manual_seed(0)
+    points = testing.generic_clouds(clouds, size, dtype=dtype)
+    turns = rotations.random_rotations(10 * clouds, generator=generator, dtype=dtype)
+    pull = torch.randn(clouds, 10, 3, generator=generator, dtype=dtype)
+    return points, turns.unflatten(0, (clouds, 10)), pull
+
+
+@pytest.mark.parametrize("tile", [1, 16 * 40 * 3, 1 << 18])
 @pytest.mark.parametrize("masked", [False, True])
-def test_posenet_equals_its_plain_form(masked: bool) -> None:
-    net, points = network(), testing.generic_clouds(30, 40, dtype=torch.float64)
-    mask = torch.arange(40) < torch.arange(5, 35)[:, None] if masked else None
-    pull = testing.generic_clouds(30, 1, dtype=torch.float64)[:, 0]
-    expected, answer = plain(net, points, mask), net(points, mask)
+def test_posenet_equals_its_plain_form(
+    masked: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(critical_max, "TILE", tile)
+    net, (points, turns, pull) = network(), lesson(6, 40)
+    mask = torch.arange(40) < torch.arange(5, 35, 5)[:, None] if masked else None
+    expected, answer = plain(net, points, turns, mask), net(points, turns, mask)
     torch.testing.assert_close(answer, expected)
     parameters = list(net.parameters())
     torch.testing.assert_close(
@@ -55,18 +78,17 @@ def test_posenet_equals_its_plain_form(masked: bool) -> None:
         torch.autograd.grad((expected * pull).sum(), parameters),
     )
     with torch.no_grad():
-        torch.testing.assert_close(net(points, mask), expected)
+        torch.testing.assert_close(net(points, turns, mask), expected)
 
 
 def test_sampled_lessons_have_the_gradient_of_all_on_average() -> None:
-    net, points = network(), testing.generic_clouds(30, 20, dtype=torch.float64)
-    pull = testing.generic_clouds(30, 1, dtype=torch.float64)[:, 0]
+    net, (points, turns, pull) = network(), lesson(3, 20)
     parameters = list(net.parameters())
-    expected = torch.autograd.grad((plain(net, points) * pull).sum(), parameters)
+    expected = torch.autograd.grad((plain(net, points, turns) * pull).sum(), parameters)
     runs = 300
     mean = [torch.zeros_like(p) for p in parameters]
     for _ in range(runs):
-        sample = torch.autograd.grad((net(points, None, 10) * pull).sum(), parameters)
+        sample = torch.autograd.grad((net(points, turns, None, 10) * pull).sum(), parameters)
         mean = [m + s / runs for m, s in zip(mean, sample, strict=True)]
     for ours, exact in zip(mean, expected, strict=True):
         assert (ours - exact).norm() < 0.2 * exact.norm()
@@ -100,15 +122,12 @@ def test_the_score_is_one_function_of_the_posed_cloud(name: str) -> None:
     net = OrbitNet(group, (8, 12), hidden=16, mixed=4).double().eval()
 
     points = testing.generic_clouds(1, 30, dtype=torch.float64)
-    lift = torch.zeros(3, 9, dtype=torch.float64)
-    lift[:, :3] = torch.eye(3, dtype=torch.float64)  # the normals stay out of this
-    orbit = torch.cat([points @ turn for turn in group])
-    first = net(orbit @ lift)[:, 0]
+    first = net(points, group[None])[0, :, 0]
     assert len(group) == 1 or first.std() > 1e-4
     for turn in group:
         moved = (turn @ group)[:, None].sub(group).abs().amax(dim=(-1, -2)).argmin(dim=1)
-        turned = torch.cat([points @ turn @ other for other in group])
-        torch.testing.assert_close(net(turned @ lift)[:, 0], first[moved])
+        torch.testing.assert_close(net(points, (turn @ group)[None])[0, :, 0], first[moved])
+        torch.testing.assert_close(net(points @ turn, group[None])[0, :, 0], first[moved])
 
 
 @pytest.mark.parametrize(
@@ -138,8 +157,9 @@ def test_candidates_come_in_orbits_of_the_group_they_declare(
 
 
 def test_learning_in_bfloat16_stays_near() -> None:
-    net, points = network(torch.float32).train(), testing.generic_clouds(30, 40)
-    torch.testing.assert_close(net(points), plain(net, points), atol=0.05, rtol=0.05)
+    net, (points, turns, _) = network(torch.float32).train(), lesson(6, 40, torch.float32)
+    expected = plain(net, points, turns)
+    torch.testing.assert_close(net(points, turns), expected, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +168,9 @@ def test_learning_in_bfloat16_stays_near() -> None:
         ({"keep": 0}, "keep is 0; choose at least 1"),
         ({"steps": -1}, "steps is -1; choose at least 0"),
         ({"answers": 0}, "answers is 0; choose at least 1"),
-        ({"scorer_points": 0}, "scorer_points is 0; choose at least 1"),
+        ({"points": 0}, "points is 0; choose at least 1"),
         ({"looks": 0}, "looks is 0; choose at least 1"),
+        ({"negligible": 1.0}, r"negligible is 1.0; choose a share in \[0, 1\)"),
         ({"scorer_hidden": 0}, "hidden is 0"),
         ({"scorer_widths": (32,)}, r"widths is \(32,\); give at least two"),
         ({"refiner_widths": (32, 0)}, r"widths is \(32, 0\)"),
@@ -221,32 +242,63 @@ def test_a_part_of_the_points_teaches() -> None:
     assert seen.shape == (4, 16, 3)
     assert kept is not None
     assert kept.sum(dim=1).tolist() == [16, 16, 16, 5]
-    module = Optimized(VectorNeuron(normals=True), scorer_points=16, refiner_points=8, **SMALL)
+    module = Optimized(VectorNeuron(normals=True), points=16, **SMALL)
     testing.assert_proper(module.train()(points, mask, points))
 
 
 def test_the_scored_part_is_real_points_spread_over_the_radius() -> None:
     points = testing.generic_clouds(2, 40)
     mask = torch.arange(40) < torch.tensor([[40], [30]])
-    ((seen, kept),) = _spread_parts(points, mask, 10, 1)
+    ((seen, kept),) = _spread_parts(points, mask, 10)
     assert kept is None
     for cloud, real, part in zip(points, (40, 30), seen, strict=True):
         order = cloud[:real].norm(dim=-1).argsort()
         expected = cloud[order[torch.arange(10) * real // 10 + real // 20]]
         torch.testing.assert_close(part, expected)
-    ((few, _),) = _spread_parts(points, mask & (torch.arange(40) < 3), 10, 1)
+    ((few, _),) = _spread_parts(points, mask & (torch.arange(40) < 3), 10)
     assert (torch.cdist(few, points[:, :3]).amin(dim=-1) == 0).all()
     together = torch.cat([part for part, _ in _spread_parts(points, None, 10, 4)], dim=1)
     radii = (cloud.norm(dim=-1).sort(dim=1).values for cloud in (together, points))
     assert torch.equal(*radii)
 
 
+def test_every_neighbour_counts_once() -> None:
+    """However many points pad a cloud, its neighbourhoods are the same."""
+    points = testing.generic_clouds(2, NEIGHBOURS + 300)
+    mask = torch.arange(NEIGHBOURS + 300) < torch.tensor([[NEIGHBOURS + 300], [700]])
+    chosen, real = _neighbours(points, mask)
+    assert chosen.shape == (2, NEIGHBOURS, 3)
+    assert real is not None
+    assert real.sum(dim=1).tolist() == [NEIGHBOURS, 700]
+    found = chosen[1, real[1]]
+    assert torch.equal(found.sort(dim=0).values, points[1, :700].sort(dim=0).values)
+    assert _neighbours(points[:, :700], None)[0] is not None
+    assert torch.equal(_neighbours(points[:, :700], None)[0], points[:, :700])
+
+
+def test_answers_that_weigh_next_to_nothing_are_left_out() -> None:
+    torch.manual_seed(0)
+    points = testing.surface_clouds(6, 64, dtype=torch.float64)
+    module = Optimized(PCA(24), answers=5, **SMALL).double().eval()
+    module.scorer.score.weight.data *= 8
+    every = module(points)
+    share = (every.weights / every.weights[:, :1]).median().item()
+    module.negligible = share
+    few = module(points)
+    kept = every.weights >= share * every.weights[:, :1]
+    assert 0 < kept.sum() < kept.numel()
+    torch.testing.assert_close(few.weights > 0, kept)
+    torch.testing.assert_close(few.rotations, every.rotations)
+    expected = torch.where(kept, every.weights, 0.0)
+    torch.testing.assert_close(few.weights, expected / expected.sum(dim=1, keepdim=True))
+
+
 def test_the_scores_of_several_looks_are_averaged() -> None:
     torch.manual_seed(0)
     points = testing.surface_clouds(3, 64, dtype=torch.float64)
-    module = Optimized(PCA(24), scorer_points=16, looks=2, **SMALL).double().eval()
-    surface = torch.cat((points, points), dim=-1)
-    parts = _spread_parts(surface, None, 16, 2)
+    module = Optimized(PCA(24), points=16, looks=2, **SMALL).double().eval()
+    unit = clouds.unit_scale(points - points.mean(dim=1, keepdim=True))
+    parts = module._parts(unit, None, 2)
     single = [module._score(PCA(24)(points), [part]).log_weights for part in parts]
     mean = module._score(PCA(24)(points), parts).log_weights
     assert (single[0] - single[1]).abs().max() > 1e-3
@@ -256,7 +308,7 @@ def test_the_scores_of_several_looks_are_averaged() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scoring_a_part_is_as_equivariant(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    module = Optimized(PCA(24), scorer_points=32, **SMALL).to(dtype).eval()
+    module = Optimized(PCA(24), points=32, **SMALL).to(dtype).eval()
     points = testing.surface_clouds(100 if dtype == torch.float32 else 25, 200, dtype=dtype)
     testing.assert_equivariant(module, points)
     testing.assert_permutation_invariant(module, points)

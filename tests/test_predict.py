@@ -138,8 +138,8 @@ def test_another_canonicalizer_is_put_in_front_and_set(
 
 def test_options_are_of_their_types() -> None:
     optimized = pc.canonicalizers.Optimized(scorer_widths=(8, 8), refiner_widths=(8, 8))
-    changed = with_options(optimized, '{"looks": 4, "gate": 3, "scorer_points": null}')
-    assert changed.options == {**optimized.options, "looks": 4, "gate": 3.0, "scorer_points": None}
+    changed = with_options(optimized, '{"looks": 4, "gate": 3, "points": null}')
+    assert changed.options == {**optimized.options, "looks": 4, "gate": 3.0, "points": None}
     assert with_options(optimized, None) is optimized
     for text, words in (
         ('{"looks": 2.5}', "--canonicalizer_options, Optimized: .*looks.* 2.5"),
@@ -252,6 +252,48 @@ def test_bad_files_are_reported_and_the_rest_go_on(
     (there,) = (record for record in good if record["file"] == alone["file"])
     assert alone["points"] == there["points"] == 1024
     assert there["confidence"] == pytest.approx(alone["confidence"], abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", ["1", "8"])
+def test_a_cloud_without_an_answer_does_not_stop_the_others(
+    batch_size: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    predictor = pc.predictors.create("dgcnn", num_classes=2, k=5, embedding=8)
+    with torch.no_grad():
+        predictor.head[-1].weight.mul_(1e12)
+    pc.Canonicalized(predictor, pc.canonicalizers.PCA(1)).save(tmp_path / "model.safetensors")
+    clouds = {"a": cloud(0), "few": cloud(1, 3), "huge": 1e32 * cloud(2), "z": cloud(3)}
+    clouds["far"] = 1e37 * cloud(4)  # each number is in range, their sum is not
+    for name, points in clouds.items():
+        np.save(tmp_path / f"{name}.npy", points)
+    files = [str(tmp_path / "model.safetensors"), *(str(tmp_path / f"{n}.npy") for n in clouds)]
+    options = ["--batch_size", batch_size]
+    search = ["--canonicalizer=Search", '--canonicalizer_options={"budget": 2, "keep": 1}']
+    words = {
+        "few": ": DGCNN looks at k = 5 neighbours, but a cloud has 3 points",
+        "huge": ": the network answers NaN or infinity: its coordinates reach",
+        "far": " has coordinates beyond the range of float32",
+    }
+    for command, lines, bad in (
+        (["predict", *files, "--json", "out.jsonl"], "out.jsonl", {"few", "huge", "far"}),
+        (["canonicalize", *files, *search, "--out", "out"], "out/poses.jsonl", {"few", "far"}),
+    ):
+        assert main([*command, *options]) == 1
+        records = {Path(record["file"]).stem: record for record in read(Path(lines))}
+        assert set(records) == set(clouds)
+        errors = {name: record["error"] for name, record in records.items() if "error" in record}
+        assert set(errors) == bad
+        shown = capsys.readouterr().err.splitlines()
+        for name in bad:
+            assert errors[name].startswith(f"{tmp_path / name}.npy{words[name]}")
+            assert f"pointcanon: {errors[name]}" in shown
+            assert records[name]["index"] is None
+        assert len(shown) == len(bad)
 
 
 def test_resuming_neither_repeats_nor_skips(

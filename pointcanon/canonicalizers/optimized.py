@@ -12,19 +12,24 @@ from torch import Tensor, nn
 
 from pointcanon import clouds
 from pointcanon.canonicalizers.base import Canonicalizer
-from pointcanon.canonicalizers.manhattan import Manhattan, surface_normals
+from pointcanon.canonicalizers.manhattan import Manhattan
 from pointcanon.canonicalizers.pca import PCA
 from pointcanon.canonicalizers.union import Union
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
-from pointcanon.layers.critical_max import CriticalMax, learning_dtype
+from pointcanon.layers.critical_max import CriticalMax, learning_precision
 from pointcanon.layers.group_conv import GroupConv
+from pointcanon.layers.local_moments import SCALES, local_moments
+from pointcanon.portable import exporting
 from pointcanon.rotations import gram_schmidt
 
 __all__ = ["Optimized", "OrbitNet", "PoseNet"]
 
-NEIGHBOURS = 10
-"""Through which a plane is laid where normals are estimated."""
+NEIGHBOURS = 1024
+"""Points of each cloud that count as neighbours: as many as describe its surface well."""
+
+VECTORS, TENSORS = 1 + len(SCALES), len(SCALES)
+"""What the networks are told of each point: where it is, and moments at each scale."""
 
 NEVER = -1e4
 """Log-odds of a candidate that is there for the comparison only."""
@@ -43,14 +48,18 @@ class PoseNet(nn.Module):
     Args:
         widths: Of the shared per-point layers, at least two.
         outputs: Of the dense head, whose hidden layer is as wide as the last shared one.
+        vectors: Given of each point.
+        tensors: Given of each point, as in ``layers.posed_linear``.
 
     Raises:
         InputError: On fewer than two widths, or one below 1.
     """
 
-    def __init__(self, widths: Sequence[int], outputs: int) -> None:
+    def __init__(
+        self, widths: Sequence[int], outputs: int, vectors: int = 1, tensors: int = 0
+    ) -> None:
         super().__init__()
-        self.features = CriticalMax(widths)
+        self.features = CriticalMax(widths, vectors, tensors)
         self.head = nn.Sequential(
             nn.LayerNorm(widths[-1]),
             nn.Linear(widths[-1], widths[-1]),
@@ -59,10 +68,14 @@ class PoseNet(nn.Module):
         )
 
     def forward(
-        self, points: Tensor, mask: Tensor | None = None, lessons: int | None = None
+        self,
+        points: Tensor,
+        rotations: Tensor,
+        mask: Tensor | None = None,
+        lessons: int | None = None,
     ) -> Tensor:
-        """``(M, N, 3)`` posed clouds to ``(M, outputs)``; ``lessons`` of them teach, None: all."""
-        answer: Tensor = self.head(self.features(points, mask, lessons))
+        """``(B, K, outputs)`` of clouds in K poses each; arguments as of ``CriticalMax``."""
+        answer: Tensor = self.head(self.features(points, rotations, mask, lessons))
         return answer
 
 
@@ -77,23 +90,31 @@ class OrbitNet(nn.Module):
     alone, at no more looks.
 
     Args:
-        group: ``(G, 3, 3)``. Clouds come in runs of G: in the poses ``R g``, in the order of g.
+        group: ``(G, 3, 3)``. Poses come in runs of G: ``R g``, in the order of g.
         widths: Of the shared per-point layers, at least two.
         hidden: Features of each pose once it has seen the others.
         mixed: Of these, mixed down, the second convolution sees so many.
+        vectors: Given of each point.
+        tensors: Given of each point, as in ``layers.posed_linear``.
 
     Raises:
         InputError: On fewer than two widths, a number below 1, or matrices that are no group.
     """
 
     def __init__(
-        self, group: Tensor, widths: Sequence[int], hidden: int = 256, mixed: int = 64
+        self,
+        group: Tensor,
+        widths: Sequence[int],
+        hidden: int = 256,
+        mixed: int = 64,
+        vectors: int = 1,
+        tensors: int = 0,
     ) -> None:
         super().__init__()
         if min(hidden, mixed) < 1:
             raise InputError(f"hidden is {hidden}, mixed {mixed}; choose at least 1")
         self.size = len(group)
-        self.features = CriticalMax(widths, inputs=9)
+        self.features = CriticalMax(widths, vectors, tensors)
         self.normed = nn.LayerNorm(widths[-1])
         self.first = GroupConv(group, widths[-1], hidden)
         self.first_normed = nn.LayerNorm(hidden)
@@ -103,16 +124,19 @@ class OrbitNet(nn.Module):
         self.score = nn.Linear(hidden, 1, bias=False)
 
     def forward(
-        self, points: Tensor, mask: Tensor | None = None, lessons: int | None = None
+        self,
+        points: Tensor,
+        rotations: Tensor,
+        mask: Tensor | None = None,
+        lessons: int | None = None,
     ) -> Tensor:
-        """``(M, N, 9)`` posed points and normals to ``(M, 1)``; ``lessons`` teach, None: all."""
-        features = self.features(points, mask, lessons)
-        dtype = learning_dtype(self, features)
-        with torch.autocast(points.device.type, dtype=dtype, enabled=dtype != points.dtype):
-            orbit = self.normed(features).unflatten(0, (-1, self.size))
+        """``(B, K, 1)`` scores of clouds in K poses each; arguments as of ``CriticalMax``."""
+        features = self.features(points, rotations, mask, lessons)
+        with learning_precision(self, features):
+            orbit = self.normed(features).unflatten(1, (-1, self.size))
             orbit = self.first_normed(self.first(orbit).relu())
             orbit = self.second_normed(orbit + self.second(self.mix(orbit)).relu())
-        answer: Tensor = self.score(orbit.to(points.dtype)).flatten(0, 1)
+        answer: Tensor = self.score(orbit.to(points.dtype)).flatten(1, 2)
         return answer
 
 
@@ -124,13 +148,14 @@ class Optimized(Canonicalizer):
     clouds. This is optimised canonicalization (Panigrahi & Mondal, arXiv 2405.14089) with its group
     replaced by the candidates of coarse frames, which carries it to continuous rotations.
 
-    A small scorer compares all candidates of an orbit (``OrbitNet``): it sees points and, as
-    their products with themselves, which have no sign, the normals of the surface. A refiner
-    looks ``steps`` times at the ``keep`` best. It answers with a residual rotation (two columns,
-    Gram-Schmidt) and with two scores, for the pose as it is and for the mended one, so that a pose
-    that is exact already can stay. Scores add up from look to look.
+    A small scorer compares all candidates of an orbit (``OrbitNet``). A refiner looks ``steps``
+    times at the ``keep`` best. It answers with a residual rotation (two columns, Gram-Schmidt) and
+    with two scores, for the pose as it is and for the mended one, so that a pose that is exact
+    already can stay. Scores add up from look to look. Both see some of the points and, of each of
+    these, the mean and covariance of its neighbourhood at four scales (``local_moments``): where
+    the surface faces, how it bends, and where it ends.
 
-    Normals are estimated where none are given, and the proposals are given them too.
+    The proposals alone look at normals.
 
     Args:
         proposal: Equivariant candidates; the default is ``Union([Manhattan(), PCA(24)])``.
@@ -140,14 +165,15 @@ class Optimized(Canonicalizer):
         scorer_widths: Of the shared layers of the scorer, at least two.
         scorer_hidden: Features of each candidate once the scorer has compared it with the others.
         refiner_widths: Of the shared layers of the refiner, at least two.
-        scorer_points: Points of each cloud that the scorer sees, None for all: random ones in
-            training, in evaluation points spread evenly over the distances from the centre.
-        looks: In evaluation, parts of the cloud that the scorer sees one after the other; the mean
-            of its scores counts. Each costs as much as the first.
+        points: Of each cloud that the networks see, None for all: random ones in training, in
+            evaluation points spread evenly over the distances from the centre.
+        looks: In evaluation, parts of so many points that the scorer sees one after the other; the
+            mean of its scores counts. Each costs as much as the first.
         gate: Log-odds that a cloud arrives in its canonical pose already, against any one of the
             proposals; None gives that pose no chance of its own. With a gate the frames are no
             longer exactly equivariant, as it looks at the pose in which the cloud arrived.
-        refiner_points: Points of each cloud that the refiner sees, in the same way.
+        negligible: Of the answers, those that weigh less than this share of the heaviest one get no
+            weight at all, and a ``Canonicalized`` does not ask its predictor about them.
 
     Raises:
         InputError: On a number that is too small.
@@ -162,30 +188,33 @@ class Optimized(Canonicalizer):
         scorer_widths: Sequence[int] = (64, 128),
         scorer_hidden: int = 256,
         refiner_widths: Sequence[int] = (64, 128, 256),
-        scorer_points: int | None = 256,
+        points: int | None = 256,
         looks: int = 1,
         gate: float | None = None,
-        refiner_points: int | None = 256,
+        negligible: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("keep", keep, 1),
             ("steps", steps, 0),
             ("answers", answers, 1),
-            ("scorer_points", scorer_points, 1),
+            ("points", points, 1),
             ("looks", looks, 1),
-            ("refiner_points", refiner_points, 1),
         ):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; choose at least {least}")
+        if not 0 <= negligible < 1:
+            raise InputError(f"negligible is {negligible}; choose a share in [0, 1)")
         self.proposal = Union([Manhattan(), PCA(24)]) if proposal is None else proposal
         self.keep, self.steps, self.answers = keep, steps, answers
-        self.scorer_points, self.looks, self.gate = scorer_points, looks, gate
-        self.refiner_points = refiner_points
+        self.points, self.looks, self.gate, self.negligible = points, looks, gate, negligible
         self.scorer_widths, self.scorer_hidden = tuple(scorer_widths), scorer_hidden
         self.refiner_widths = tuple(refiner_widths)
-        self.scorer = OrbitNet(self.proposal.candidate_group, scorer_widths, scorer_hidden)
-        self.refiner = PoseNet(refiner_widths, outputs=8)
+        group = self.proposal.candidate_group
+        self.scorer = OrbitNet(
+            group, scorer_widths, scorer_hidden, vectors=VECTORS, tensors=TENSORS
+        )
+        self.refiner = PoseNet(refiner_widths, outputs=8, vectors=VECTORS, tensors=TENSORS)
         for weight in self.refiner.head[-1].parameters():
             nn.init.zeros_(weight)
 
@@ -199,28 +228,26 @@ class Optimized(Canonicalizer):
             "scorer_widths": self.scorer_widths,
             "scorer_hidden": self.scorer_hidden,
             "refiner_widths": self.refiner_widths,
-            "scorer_points": self.scorer_points,
+            "points": self.points,
             "looks": self.looks,
             "gate": self.gate,
-            "refiner_points": self.refiner_points,
+            "negligible": self.negligible,
         }
 
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
-        unit = clouds.unit_scale(points, mask)
-        if normals is None:
-            normals = surface_normals(unit, NEIGHBOURS, mask)
         proposals = self.proposal.propose(points, mask, normals)
         if self.gate is not None:
             proposals = _with_the_pose_as_received(
                 proposals, self.proposal.candidate_group, self.gate
             )
-        surface = torch.cat((unit, _halved(normals)), dim=-1)
-        frames = self._score(proposals, self._parts(surface, mask, self.scorer_points, self.looks))
+        parts = self._parts(clouds.unit_scale(points, mask), mask, self.looks)
+        frames = self._score(proposals, parts)
         stages = [frames]
         for _ in range(self.steps):
-            frames = self._mend(frames, *self._parts(unit, mask, self.refiner_points)[0])
+            frames = self._mend(frames, *parts[0])
             stages.append(frames)
-        return replace(frames.best(self.answers), stages=tuple(stages))
+        answers = frames.best(self.answers).without_negligible(self.negligible)
+        return replace(answers, stages=tuple(stages))
 
     def refine(self, points: Tensor, frames: Frames, mask: Tensor | None = None) -> Frames:
         """One look of the refiner from any frames of clouds ``(B, N, 3)``: mended poses, weighed.
@@ -229,29 +256,29 @@ class Optimized(Canonicalizer):
         """
         unit = clouds.unit_scale(points - frames.centre[:, None], mask)
         with torch.autocast(points.device.type, enabled=False):
-            part, kept = self._parts(unit, mask, self.refiner_points)[0]
-            answer = self._look(self.refiner, frames.apply_vectors(part), kept)
+            surface, kept = self._parts(unit, mask)[0]
+            answer = self.refiner(surface, frames.rotations.detach(), kept)
             weights = answer[..., 1].log_softmax(dim=1)
             return replace(_turned(frames, answer), log_weights=weights, raw=None, stages=())
 
     def _score(self, proposals: Frames, parts: Sequence[Part]) -> Frames:
         """The proposals weighed by the mean score of the given parts of each surface."""
+        poses = proposals.rotations.detach()
         scores = torch.zeros_like(proposals.log_weights)
         for surface, mask in parts:
-            lessons = SCORER_LESSONS * len(surface)
-            posed = _surface_features(proposals, surface)
-            scores = scores + self._look(self.scorer, posed, mask, lessons)[..., 0] / len(parts)
+            lessons = SCORER_LESSONS * surface.shape[0]
+            scores = scores + self.scorer(surface, poses, mask, lessons)[..., 0] / len(parts)
         return Frames.of(
             proposals.rotations,
             proposals.log_weights + scores,
             degenerate=proposals.degenerate,
         )
 
-    def _mend(self, frames: Frames, unit: Tensor, mask: Tensor | None) -> Frames:
+    def _mend(self, frames: Frames, surface: Tensor, mask: Tensor | None) -> Frames:
         """The kept frames as they are and as the refiner mends them, ``2 * keep`` of them."""
         frames = frames.select(self._kept(frames))
-        posed = frames.apply_vectors(unit)
-        answer = self._look(self.refiner, posed, mask, REFINER_LESSONS * len(unit))
+        lessons = REFINER_LESSONS * surface.shape[0]
+        answer = self.refiner(surface, frames.rotations.detach(), mask, lessons)
         # each look is taught by its own loss: no gradient runs through those before it
         weights = frames.log_weights.detach()[..., None] + answer[..., :2]
         return Frames.of(
@@ -267,52 +294,35 @@ class Optimized(Canonicalizer):
             logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.topk(min(self.keep, scored.count), dim=1).indices
 
-    def _parts(
-        self, points: Tensor, mask: Tensor | None, count: int | None, looks: int = 1
-    ) -> list[Part]:
-        """What a network sees of each cloud: while it learns something else every time."""
+    def _parts(self, unit: Tensor, mask: Tensor | None, looks: int = 1) -> list[Part]:
+        """What the networks see of each cloud: while they learn something else every time."""
         if self.training:
-            return [_random_part(points, mask, count)]
-        return _spread_parts(points, mask, count, looks)
+            parts = [_random_part(unit, mask, self.points)]
+        else:
+            parts = _spread_parts(unit, mask, self.points, looks)
+        cloud, real = _neighbours(unit, mask)
+        return [(_surface(points, cloud, real), kept) for points, kept in parts]
 
-    @staticmethod
-    def _look(
-        network: OrbitNet | PoseNet,
-        posed: Tensor,
-        mask: Tensor | None,
-        lessons: int | None = None,
-    ) -> Tensor:
-        """What a network says of clouds in K poses ``(B, K, N, C)``, ``(B, K, outputs)``."""
-        batch, count = posed.shape[:2]
-        if mask is not None:
-            mask = mask.repeat_interleave(count, dim=0)
-        answer: Tensor = network(posed.detach().flatten(0, 1), mask, lessons)
-        return answer.unflatten(0, (batch, count))
+
+def _surface(points: Tensor, cloud: Tensor, mask: Tensor | None) -> Tensor:
+    """``(B, M, VECTORS * 3 + TENSORS * 6)``: points and the moments of the cloud around them."""
+    with torch.no_grad():
+        offsets, covariances = local_moments(points, cloud, mask)
+        return torch.cat((points, offsets.flatten(2), covariances.flatten(2)), dim=-1)
 
 
 def _with_the_pose_as_received(proposals: Frames, group: Tensor, log_odds: float) -> Frames:
     """Proposals and the orbit of the identity, whose other elements have next to no weight."""
-    received = proposals.rotations.new_full((len(proposals.rotations), len(group)), NEVER)
+    batch = proposals.rotations.shape[0]  # len() would close the size of a program
+    received = proposals.rotations.new_full((batch, len(group)), NEVER)
     received[:, 0] = log_odds
-    orbit = group.to(received).expand(len(received), -1, -1, -1)
+    orbit = group.to(received).expand(batch, -1, -1, -1)
     mean = proposals.log_weights.logsumexp(dim=1, keepdim=True) - math.log(proposals.count)
     return Frames.of(
         torch.cat((proposals.rotations, orbit), dim=1),
         torch.cat((proposals.log_weights, mean + received), dim=1),
         degenerate=proposals.degenerate,
     )
-
-
-def _halved(normals: Tensor) -> Tensor:
-    """Vectors as long as the square root, so that their products are as large as they were long."""
-    tiny = torch.finfo(normals.dtype).tiny
-    return normals / normals.norm(dim=-1, keepdim=True).clamp_min(tiny).sqrt()
-
-
-def _surface_features(frames: Frames, surface: Tensor) -> Tensor:
-    """Points and normals ``(B, N, 6)`` in each pose: x and ``n n^T``, ``(B, K, N, 9)``."""
-    points, normals = (frames.apply_vectors(vectors) for vectors in surface.split(3, dim=-1))
-    return torch.cat((points, normals.square(), normals * normals.roll(1, dims=-1)), dim=-1)
 
 
 def _turned(frames: Frames, answer: Tensor) -> Frames:
@@ -338,22 +348,41 @@ def _random_part(points: Tensor, mask: Tensor | None, count: int | None) -> Part
     return _pick(points, index), None if mask is None else mask.gather(1, index)
 
 
-def _spread_parts(points: Tensor, mask: Tensor | None, count: int | None, parts: int) -> list[Part]:
-    """Parts of ``count`` real points, whatever their order: every so many by their radius.
+def _spread_parts(
+    points: Tensor, mask: Tensor | None, count: int | None, parts: int = 1
+) -> list[Part]:
+    """Parts of ``count`` real points; together they use all of them, as far as they go.
 
-    Together they use all points, as far as they go; where there are fewer, points repeat, which no
-    maximum minds.
+    Where there are fewer, points repeat, which no maximum minds.
     """
-    if count is None or count >= points.shape[1]:
+    if count is None or (not exporting() and count >= points.shape[1]):
         return [(points, mask)]
-    radius = points[..., :3].norm(dim=-1)
+    index, _ = _spread(points, mask, count * parts)
+    return [(_pick(points, index[:, part::parts]), None) for part in range(parts)]
+
+
+def _neighbours(points: Tensor, mask: Tensor | None) -> Part:
+    """At most ``NEIGHBOURS`` real points of each cloud, none of them twice."""
+    if not exporting() and points.shape[1] <= NEIGHBOURS:
+        return points, mask
+    index, first = _spread(points, mask, NEIGHBOURS)
+    return _pick(points, index), first
+
+
+def _spread(points: Tensor, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """``count`` real points, whatever their order: every so many by their radius.
+
+    Returns:
+        Indices ``(B, count)`` and, True where a point comes for the first time, ``(B, count)``.
+    """
+    radius = points.norm(dim=-1)
     real = torch.full_like(radius[:, :1], points.shape[1])
     if mask is not None:
         radius = torch.where(mask, radius, radius.new_tensor(torch.inf))
         real = mask.sum(dim=1, keepdim=True).to(radius.dtype)
-    rank = (torch.arange(count * parts, device=points.device) + 0.5) * real / (count * parts)
-    order = radius.argsort(dim=1).gather(1, rank.long())
-    return [(_pick(points, order[:, part::parts]), None) for part in range(parts)]
+    rank = ((torch.arange(count, device=points.device) + 0.5) * real / count).long()
+    first = torch.cat((torch.ones_like(rank[:, :1]), rank.diff(dim=1)), dim=1) > 0
+    return radius.argsort(dim=1).gather(1, rank), first
 
 
 def _pick(points: Tensor, index: Tensor) -> Tensor:

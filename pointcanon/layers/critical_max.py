@@ -1,8 +1,10 @@
-"""Shared layers over the points of many posed clouds and a maximum, cheap to teach."""
+"""Shared layers over the points of clouds in many poses and a maximum, cheap to teach."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pointcanon.errors import InputError
+from pointcanon.layers.posed_linear import PosedLinear
+from pointcanon.portable import exporting, full_precision
 
-__all__ = ["CriticalMax", "learning_dtype"]
+__all__ = ["CriticalMax", "learning_precision"]
 
 TILE = 1 << 18
 """Activations held at once while looking for maxima; a megabyte in float32 stays in cache."""
@@ -25,125 +29,174 @@ class CriticalMax(nn.Module):
     - A maximum has a gradient only at the points that attain it, the critical points of Qi et al.
       (2017, arXiv 1612.00593). The module looks at all points without recording anything, in tiles
       that stay in cache, and in the backward pass at the critical ones alone.
-    - Of the M clouds only ``lessons`` are looked at in the backward pass, sampled in proportion to
+    - Of all the poses only ``lessons`` are looked at in the backward pass, sampled in proportion to
       the norm of their gradient and weighted so that the gradient of the weights is unbiased.
     - While learning, the maxima are located in bfloat16 where the processor multiplies that fast.
 
-    The points are taken as given: no gradient flows to them. No normalisation depends on the
+    The poses are never made: the first layer's weights are turned instead (``PosedLinear``). The
+    points and poses are taken as given: no gradient flows to them. No normalisation depends on the
     batch: candidate poses have very different distributions, and one set of running statistics
     could not serve them all.
 
     Args:
         widths: Of the layers, at least two.
-        inputs: Numbers that are given of each point.
+        vectors: Given of each point, 3 numbers each.
+        tensors: Given of each point, 6 numbers each, as in :class:`PosedLinear`.
 
     Raises:
         InputError: On fewer than two widths, or one below 1.
     """
 
-    def __init__(self, widths: Sequence[int], inputs: int = 3) -> None:
+    def __init__(self, widths: Sequence[int], vectors: int = 1, tensors: int = 0) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
             raise InputError(f"widths is {tuple(widths)}; give at least two, each at least 1")
-        layers: list[nn.Module] = []
-        for before, after in zip((inputs, *widths[:-2]), widths[:-1], strict=True):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-        self.shared = nn.Sequential(*layers)
+        self.first = PosedLinear(vectors, tensors, widths[0])
+        self.shared = nn.ModuleList(
+            nn.Linear(before, after) for before, after in pairwise(widths[:-1])
+        )
         self.peak = nn.Linear(widths[-2], widths[-1])
 
     def forward(
-        self, points: Tensor, mask: Tensor | None = None, lessons: int | None = None
+        self,
+        points: Tensor,
+        rotations: Tensor,
+        mask: Tensor | None = None,
+        lessons: int | None = None,
     ) -> Tensor:
-        """``(M, N, inputs)`` clouds to ``(M, C)`` features; ``lessons`` clouds teach, None: all."""
+        """Features ``(B, K, C)`` of B clouds in K poses each.
+
+        Args:
+            points: ``(B, N, F)``, the vectors and tensors of each point.
+            rotations: ``(B, K, 3, 3)``, the poses are ``x @ R``.
+            mask: ``(B, N)`` bool, True = a real point.
+            lessons: So many of the B * K poses teach, None: all.
+        """
         if not torch.is_grad_enabled():
-            return self._largest(points, mask)
-        return cast(Tensor, _SparseLesson.apply(self, points, mask, lessons, *self.parameters()))
+            return self._largest(points, rotations, mask)
+        parameters = self.parameters()
+        answer = _SparseLesson.apply(self, points, rotations, mask, lessons, *parameters)
+        return cast(Tensor, answer)
 
-    def _largest(self, points: Tensor, mask: Tensor | None) -> Tensor:
+    def _largest(self, points: Tensor, rotations: Tensor, mask: Tensor | None) -> Tensor:
         """The features with nothing recorded."""
-        # the activation is monotone, so it follows the maximum, on one row instead of N
-        largest = [features.amax(dim=1) for features in self._features(points, mask)]
-        return torch.cat(largest).to(points.dtype).relu()
+        # bias and activation follow the maximum, on one row instead of N
+        tiles = self._features(points, rotations, mask)
+        largest = torch.cat([features.amax(dim=1).flatten(0, 1) for features in tiles])
+        values = largest.unflatten(0, rotations.shape[:2]).to(points.dtype)
+        return (values + self.peak.bias).relu()
 
-    def _recorded(self, points: Tensor, mask: Tensor | None) -> Tensor:
-        """The features as a function of the critical points, recorded for a backward pass."""
+    def _recorded(self, points: Tensor, rotations: Tensor, mask: Tensor | None) -> Tensor:
+        """Features ``(M, C)`` of M poses ``(M, 1, 3, 3)``, recorded at their critical points."""
         with torch.no_grad():
+            tiles = self._features(points, rotations, mask)
             # several times as fast as argmax over this dimension
-            critical = torch.cat([f.max(dim=1).indices for f in self._features(points, mask)])
+            critical = torch.cat([features.max(dim=1).indices[:, 0] for features in tiles])
         points = points.gather(1, critical[..., None].expand(-1, -1, points.shape[2]))
-        dtype = learning_dtype(self, points)
-        with torch.autocast(points.device.type, dtype=dtype, enabled=dtype != points.dtype):
-            features = self.shared(points)
+        with learning_precision(self, points):
+            features = points @ self.first.turned(rotations[:, 0]) + self.first.linear.bias
+            features = features.relu()
+            for layer in self.shared:
+                features = layer(features).relu()
             values = (features * self.peak.weight.to(features)).sum(dim=-1, dtype=points.dtype)
         return (values + self.peak.bias).relu()
 
-    def _features(self, points: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-        """Features of each point before the maximum ``(m, N, C)``, a tile of clouds at a time."""
-        dtype = learning_dtype(self, points)
-        layers = [layer for layer in (*self.shared, self.peak) if isinstance(layer, nn.Linear)]
-        weights = [(layer.weight.to(dtype), layer.bias.to(dtype)) for layer in layers]
-        rows = max(1, TILE // (points.shape[1] * self.peak.out_features))
-        for start in range(0, max(1, len(points)), rows):
-            tile = slice(start, start + rows)
-            features = points[tile].to(dtype)
-            for weight, bias in weights[:-1]:
-                features = functional.linear(features, weight, bias).relu_()
-            features = functional.linear(features, *weights[-1])
+    def _features(self, points: Tensor, rotations: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        """Features of each point up to their bias, ``(b, N, k, C)``, tile by tile."""
+        dtype = _learning_dtype(self, points)
+        points = points.to(dtype)
+        turned = self.first.turned(rotations).to(dtype)
+        first_bias = self.first.linear.bias.to(dtype)
+        layers = [layer for layer in self.shared if isinstance(layer, nn.Linear)]
+        shared = [(layer.weight.to(dtype), layer.bias.to(dtype)) for layer in layers]
+        peak = self.peak.weight.to(dtype)
+        for clouds, poses in _tiles(points, rotations.shape[1], self.peak.out_features):
+            weights = turned[clouds, poses].transpose(1, 2)  # (b, F, k, C)
+            features = (points[clouds] @ weights.flatten(2)).unflatten(2, weights.shape[2:])
+            features = features.add_(first_bias)
+            for weight, bias in shared:
+                features = functional.linear(features.relu_(), weight, bias)
+            features = functional.linear(features.relu_(), peak)
             if mask is not None:
-                features = features.masked_fill(~mask[tile, :, None], -torch.inf)
+                features = features.masked_fill(~mask[clouds, :, None, None], -torch.inf)
             yield features
 
 
-def learning_dtype(module: nn.Module, values: Tensor) -> torch.dtype:
+def _tiles(points: Tensor, poses: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Few clouds and poses in turn; a program, whose sizes are open, looks at all at once."""
+    if exporting():
+        yield slice(None), slice(None)
+        return
+    rows = max(1, TILE // (points.shape[1] * width))
+    clouds, poses_each = max(1, rows // poses), min(rows, poses)
+    for cloud in range(0, max(1, len(points)), clouds):
+        for pose in range(0, poses, poses_each):
+            yield slice(cloud, cloud + clouds), slice(pose, pose + poses_each)
+
+
+def learning_precision(module: nn.Module, values: Tensor) -> AbstractContextManager[object]:
+    """While learning, autocast to bfloat16 where the processor multiplies that fast; else none."""
+    dtype = _learning_dtype(module, values)
+    if dtype == values.dtype:
+        return full_precision(values)
+    return torch.autocast(values.device.type, dtype=dtype)
+
+
+def _learning_dtype(module: nn.Module, values: Tensor) -> torch.dtype:
     """While learning, bfloat16 where the processor multiplies that several times as fast."""
     return torch.bfloat16 if module.training and _fast_bfloat16(values) else values.dtype
 
 
 class _SparseLesson(torch.autograd.Function):
-    """A look whose backward pass repeats it for a sample of the clouds only."""
+    """A look whose backward pass repeats it for a sample of the poses only."""
 
     @staticmethod
     def forward(
         ctx: Any,
         module: CriticalMax,
         points: Tensor,
+        rotations: Tensor,
         mask: Tensor | None,
         lessons: int | None,
         *parameters: Tensor,
     ) -> Tensor:
         ctx.module, ctx.lessons = module, lessons
-        ctx.save_for_backward(points, mask)
-        return module._largest(points, mask)
+        ctx.save_for_backward(points, rotations, mask)
+        return module._largest(points, rotations, mask)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        points, mask = ctx.saved_tensors
+        points, rotations, mask = ctx.saved_tensors
+        gradient = gradient.flatten(0, 1)
         rows, scale = _sample_rows(gradient, ctx.lessons)
+        clouds = rows // rotations.shape[1]
+        poses = rotations.flatten(0, 1)[rows, None]
         parameters = list(ctx.module.parameters())
         with torch.enable_grad():
-            features = ctx.module._recorded(points[rows], None if mask is None else mask[rows])
+            features = ctx.module._recorded(
+                points[clouds], poses, None if mask is None else mask[clouds]
+            )
             gradients = torch.autograd.grad(
                 features, parameters, gradient[rows] * scale[:, None], allow_unused=True
             )
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients
 
 
 def _sample_rows(gradient: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
     """At most ``count`` rows, drawn in proportion to their norm, and their unbiased weights.
 
-    Systematic sampling: one random offset, equal strides along the cumulated norms. A row that is
-    hit several times comes back once, with its hits in its weight.
+    Systematic sampling: one random offset, equal strides along the cumulated norms. A row may come
+    more than once; their number is always the same, because libraries prepare (and keep) a program
+    for every new shape.
     """
     size = gradient.norm(dim=1).to(torch.float64)
     if count is None or count >= len(size):
-        rows = size.nonzero()[:, 0]
-        return rows, torch.ones_like(rows, dtype=gradient.dtype)
+        return torch.arange(len(size), device=size.device), torch.ones_like(gradient[:, 0])
     total = size.sum()
     offset = torch.rand((), dtype=torch.float64, device=size.device)
     marks = (torch.arange(count, device=size.device) + offset) * (total / count)
-    hit = torch.searchsorted(size.cumsum(0), marks).clamp_max(len(size) - 1)
-    rows, hits = hit.unique(return_counts=True)
-    scale = hits * total / (count * size[rows].clamp_min(torch.finfo(torch.float64).tiny))
+    rows = torch.searchsorted(size.cumsum(0), marks).clamp_max(len(size) - 1)
+    scale = total / (count * size[rows].clamp_min(torch.finfo(torch.float64).tiny))
     return rows, scale.to(gradient.dtype)
 
 
