@@ -179,6 +179,8 @@ class Optimized(Canonicalizer):
         InputError: On a number that is too small.
     """
 
+    group: Tensor
+
     def __init__(
         self,
         proposal: Canonicalizer | None = None,
@@ -210,9 +212,9 @@ class Optimized(Canonicalizer):
         self.points, self.looks, self.gate, self.negligible = points, looks, gate, negligible
         self.scorer_widths, self.scorer_hidden = tuple(scorer_widths), scorer_hidden
         self.refiner_widths = tuple(refiner_widths)
-        group = self.proposal.candidate_group
+        self.register_buffer("group", self.proposal.candidate_group, persistent=False)
         self.scorer = OrbitNet(
-            group, scorer_widths, scorer_hidden, vectors=VECTORS, tensors=TENSORS
+            self.group, scorer_widths, scorer_hidden, vectors=VECTORS, tensors=TENSORS
         )
         self.refiner = PoseNet(refiner_widths, outputs=8, vectors=VECTORS, tensors=TENSORS)
         for weight in self.refiner.head[-1].parameters():
@@ -237,9 +239,7 @@ class Optimized(Canonicalizer):
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         proposals = self.proposal.propose(points, mask, normals)
         if self.gate is not None:
-            proposals = _with_the_pose_as_received(
-                proposals, self.proposal.candidate_group, self.gate
-            )
+            proposals = _with_the_pose_as_received(proposals, self.group, self.gate)
         parts = self._parts(clouds.unit_scale(points, mask), mask, self.looks)
         frames = self._score(proposals, parts)
         stages = [frames]
