@@ -88,7 +88,7 @@ def frozen_row(name: str, report: Report) -> str:
         *accuracies,
         share(report["aligned_tax"][names[0]]),
         f"{100 * report['invariance']['prediction_flip_rate']:.2f} %",
-        str(report["frames"]["count"]),
+        f"{report['frames']['passes']:.3g}",
         time,
     )
 
@@ -139,7 +139,7 @@ def main() -> None:
     if options.predictor is None or (options.root is None) != (options.table == "shapes-parts"):
         parser.error("modelnet40 needs --root and --predictor, shapes-parts --predictor alone")
     report = frozen(options.root, options.predictor)
-    columns = ("as they come", "under SO(3)", "tax", "flips", "frames", "time a cloud")
+    columns = ("as they come", "under SO(3)", "tax", "flips", "passes", "time a cloud")
     print(row(pair(report), *columns))
     print("|---|---|---|---|---|---|---|")
     print(frozen_row("PointNet alone", report), flush=True)

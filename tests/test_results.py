@@ -73,7 +73,7 @@ def test_rows_as_they_are_printed(accuracy: Any) -> None:
         "canonicalizer": "Optimized",
         "invariance": {"prediction_flip_rate": 0.001},
         "aligned_tax": {"overall_accuracy": 0.25},
-        "frames": {"count": 3},
+        "frames": {"passes": 3.0},
         "timing": {"total_ms": 12.4},
     }
     *_, alone, behind = accuracy.demo_rows(report)
@@ -95,6 +95,7 @@ TABLES = {
     "overall / mean class accuracy %": "accuracy.py modelnet40",
     "instance / class mIoU %": "accuracy.py shapes-parts",
     "nearest candidate, 500 validation clouds": "candidates.py",
+    "accuracy of points / mean IoU of labels %": "pointcanon eval",
     "": "methods.py canonicalizer.py dgcnn.py pointnet2.py",  # and trials, said to be such
 }
 """By the first word of its heading, what prints a table."""
