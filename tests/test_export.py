@@ -17,7 +17,7 @@ import pointcanon as pc
 from pointcanon import neighbors, portable, rotations
 from pointcanon.cli import main
 from pointcanon.datasets.parametric import ParametricShapes
-from pointcanon.layers import critical_max, local_moments
+from pointcanon.layers import tiles
 
 exporting = sys.modules["pointcanon.export"]  # pc.export is the function in it
 optimized_module = sys.modules["pointcanon.canonicalizers.optimized"]
@@ -186,7 +186,7 @@ def test_few_points_that_repeat_are_scored_as_they_are(
         points = objects[:, :count].double()
         monkeypatch.undo()
         expected = module(points)
-        for part in (optimized_module, critical_max, local_moments):
+        for part in (optimized_module, tiles):
             monkeypatch.setattr(part, "exporting", lambda: True)
         found = module(points)
         torch.testing.assert_close(found.log_weights, expected.log_weights)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pointcanon import rotations, testing
-from pointcanon.layers import local_moments as module
+from pointcanon.layers import tiles
 from pointcanon.layers.local_moments import SCALES, local_moments, symmetric, symmetric_square
 from pointcanon.layers.posed_linear import PosedLinear
 
@@ -28,12 +28,13 @@ def test_moments_are_those_of_a_gaussian_neighbourhood() -> None:
         torch.testing.assert_close(found, covariance[..., i, j], atol=1e-9, rtol=0)
 
 
-def test_padding_and_tiles_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [1, 40 * 7, 40 * 40 * 2])
+def test_padding_and_tiles_do_not_matter(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud = testing.generic_clouds(3, 40, dtype=DTYPE)
     mask = torch.arange(40) < torch.tensor([[40], [25], [1]])
     real = [one[kept][None] for one, kept in zip(cloud, mask, strict=True)]
     expected = [local_moments(one, one) for one in real]
-    monkeypatch.setattr(module, "TILE", 1)
+    monkeypatch.setattr(tiles, "TILE", tile)
     found = local_moments(cloud, cloud, mask)
     for index, alone in enumerate(expected):
         for ours, theirs in zip(found, alone, strict=True):

@@ -29,7 +29,7 @@ from pointcanon.canonicalizers.optimized import (
 )
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
-from pointcanon.layers import critical_max
+from pointcanon.layers import tiles
 from pointcanon.layers.group_conv import GroupConv
 from pointcanon.losses import prior_loss, refinement_loss
 from pointcanon.priors import Aligned
@@ -67,7 +67,7 @@ def lesson(clouds: int, size: int, dtype: torch.dtype = torch.float64) -> tuple[
 def test_posenet_equals_its_plain_form(
     masked: bool, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(critical_max, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     net, (points, turns, pull) = network(), lesson(6, 40)
     mask = torch.arange(40) < torch.arange(5, 35, 5)[:, None] if masked else None
     expected, answer = plain(net, points, turns, mask), net(points, turns, mask)

@@ -306,9 +306,8 @@ class Optimized(Canonicalizer):
 
 def _surface(points: Tensor, cloud: Tensor, mask: Tensor | None) -> Tensor:
     """``(B, M, VECTORS * 3 + TENSORS * 6)``: points and the moments of the cloud around them."""
-    with torch.no_grad():
-        offsets, covariances = local_moments(points, cloud, mask)
-        return torch.cat((points, offsets.flatten(2), covariances.flatten(2)), dim=-1)
+    offsets, covariances = local_moments(points, cloud, mask)
+    return torch.cat((points.detach(), offsets.flatten(2), covariances.flatten(2)), dim=-1)
 
 
 def _with_the_pose_as_received(proposals: Frames, group: Tensor, log_odds: float) -> Frames:

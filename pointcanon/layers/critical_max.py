@@ -13,12 +13,10 @@ from torch.nn import functional
 
 from pointcanon.errors import InputError
 from pointcanon.layers.posed_linear import PosedLinear
-from pointcanon.portable import exporting, full_precision
+from pointcanon.layers.tiles import tiles
+from pointcanon.portable import full_precision
 
 __all__ = ["CriticalMax", "learning_precision"]
-
-TILE = 1 << 18
-"""Activations held at once while looking for maxima; a megabyte in float32 stays in cache."""
 
 
 class CriticalMax(nn.Module):
@@ -110,7 +108,8 @@ class CriticalMax(nn.Module):
         layers = [layer for layer in self.shared if isinstance(layer, nn.Linear)]
         shared = [(layer.weight.to(dtype), layer.bias.to(dtype)) for layer in layers]
         peak = self.peak.weight.to(dtype)
-        for clouds, poses in _tiles(points, rotations.shape[1], self.peak.out_features):
+        activations = points.shape[1] * self.peak.out_features
+        for clouds, poses in tiles(points.shape[0], rotations.shape[1], activations):
             weights = turned[clouds, poses].transpose(1, 2)  # (b, F, k, C)
             features = (points[clouds] @ weights.flatten(2)).unflatten(2, weights.shape[2:])
             features = features.add_(first_bias)
@@ -120,18 +119,6 @@ class CriticalMax(nn.Module):
             if mask is not None:
                 features = features.masked_fill(~mask[clouds, :, None, None], -torch.inf)
             yield features
-
-
-def _tiles(points: Tensor, poses: int, width: int) -> Iterator[tuple[slice, slice]]:
-    """Few clouds and poses in turn; a program, whose sizes are open, looks at all at once."""
-    if exporting():
-        yield slice(None), slice(None)
-        return
-    rows = max(1, TILE // (points.shape[1] * width))
-    clouds, poses_each = max(1, rows // poses), min(rows, poses)
-    for cloud in range(0, max(1, len(points)), clouds):
-        for pose in range(0, poses, poses_each):
-            yield slice(cloud, cloud + clouds), slice(pose, pose + poses_each)
 
 
 def learning_precision(module: nn.Module, values: Tensor) -> AbstractContextManager[object]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pointcanon.portable import exporting
+from pointcanon.layers.tiles import tiles
 
 __all__ = ["SCALES", "local_moments", "symmetric", "symmetric_square"]
 
 SCALES = (0.8, 0.4, 0.2, 0.1)
 """Widths of the neighbourhoods, each half of the one before."""
-
-TILE = 1 << 18
-"""Weights of neighbours held at once; a megabyte in float32 stays in cache."""
 
 
 @torch.no_grad()
@@ -37,12 +34,13 @@ def local_moments(
     monomials = _monomials(cloud)
     if mask is not None:
         monomials = monomials * mask[..., None]
-    if exporting():
-        return _moments(points, cloud, monomials)
-    rows = max(1, TILE // max(1, points.shape[1] * cloud.shape[1]))
-    tiles = zip(points.split(rows), cloud.split(rows), monomials.split(rows), strict=True)
-    offsets, covariances = zip(*(_moments(*tile) for tile in tiles), strict=True)
-    return torch.cat(offsets), torch.cat(covariances)
+    offsets, covariances = [], []
+    for clouds, part in tiles(points.shape[0], points.shape[1], cloud.shape[1]):
+        offset, covariance = _moments(points[clouds, part], cloud[clouds], monomials[clouds])
+        offsets.append(offset.flatten(0, 1))
+        covariances.append(covariance.flatten(0, 1))
+    size = points.shape[:2]
+    return torch.cat(offsets).unflatten(0, size), torch.cat(covariances).unflatten(0, size)
 
 
 def symmetric(vectors: Tensor) -> Tensor:

@@ -574,14 +574,20 @@ BAD = 13
 """Files of a hostile folder that hold no cloud."""
 
 
-def test_a_folder_of_all_that_is_read_for_what_is_sound(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a network in ``shop.py``."""
     (tmp_path / "shop.py").write_text("def net(points):\n    return points.var(dim=1)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "shop", raising=False)
-    hostile_folder(tmp_path / "scans")
+    return tmp_path
+
+
+def test_a_folder_of_all_that_is_read_for_what_is_sound(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile_folder(shop / "scans")
     checkpoint.save(
         "net.safetensors",
         predictors.PointNet(2, widths=(2,), embedding=2),
@@ -608,13 +614,8 @@ def test_a_folder_of_all_that_is_read_for_what_is_sound(
     assert not Path("executed").exists()
 
 
-def test_names_of_folders_become_names_of_classes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "shop.py").write_text("def net(points):\n    return points.var(dim=1)\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "shop", raising=False)
+@pytest.mark.usefixtures("shop")
+def test_names_of_folders_become_names_of_classes(capsys: pytest.CaptureFixture[str]) -> None:
     for number, name in enumerate((b"$\\frac{", b"\x1b[2J", b"\xff")):
         folder = Path(os.fsdecode(b"scans/" + name))
         folder.mkdir(parents=True)
