@@ -2,6 +2,8 @@
 
     python benchmarks/dgcnn.py
     python benchmarks/dgcnn.py --network parts --points 2048 --k 40 --batch 4
+    python benchmarks/dgcnn.py --way bf16
+    python benchmarks/dgcnn.py --way compiled
 
 The plain form is written here the way public code has it: all pairwise distances and their topk,
 edges as a tensor (B, 2C, N, k), convolutions of size one on it. Both use the same weights and run
@@ -124,11 +126,19 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor], Te
     return network, (lambda points: plain_dgcnn(network, points)) if plain else network
 
 
+def another_way(forward: Callable[[Tensor], Tensor], way: str) -> Callable[[Tensor], Tensor]:
+    """The same function, compiled or with its matrix products in bfloat16."""
+    if way == "compiled":
+        return torch.compile(forward)
+    return torch.autocast("cpu", dtype=torch.bfloat16)(forward) if way == "bf16" else forward
+
+
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """One inference, or one training step: forward, backward and SGD."""
     torch.set_num_threads(options.threads)
     network, forward = build(options)
     network.train(options.what == "training")
+    forward = another_way(forward, "float32" if options.who == "plain" else options.way)
     points = testing.surface_clouds(options.batch, options.points)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
 
@@ -143,8 +153,12 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         with torch.no_grad():
             forward(points)
 
-    with torch.no_grad():
-        forward(points[:2, : 2 * options.k])  # libraries load their kernels here
+    # libraries load their kernels here, and a compiler does its work
+    if options.way == "compiled":
+        (step if options.what == "training" else infer)()
+    else:
+        with torch.no_grad():
+            forward(points[:2, : 2 * options.k])
     exact, spent = edge_conv.knn, [0.0]
 
     def timed_knn(*inputs: object) -> Tensor:
@@ -153,7 +167,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         spent[0] += time.process_time() - start
         return index
 
-    edge_conv.knn = timed_knn
+    if options.way != "compiled":  # a clock has no place in a program
+        edge_conv.knn = timed_knn
     figures = cost(step if options.what == "training" else infer, options.repeats)
     return figures | {"knn_cpu_seconds": spent[0] / options.repeats}
 
@@ -183,6 +198,12 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--way",
+        choices=("float32", "bf16", "compiled"),
+        default="float32",
+        help="of the form without edges: as it is, under autocast, or through torch.compile",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--who", choices=("pointcanon", "plain", "floor"), help=argparse.SUPPRESS)
     parser.add_argument("--what", choices=("inference", "training"), help=argparse.SUPPRESS)
@@ -193,7 +214,8 @@ def main() -> None:
 
     print(
         f"{options.network}: B = {options.batch}, N = {options.points}, k = {options.k}, "
-        f"{options.threads} threads, float32; torch {torch.__version__}; {neighbors.backend()}"
+        f"{options.threads} threads, {options.way} beside float32; torch {torch.__version__}; "
+        f"{neighbors.backend()}"
     )
     report: dict[str, dict[str, dict[str, float]]] = {}
     for what in ("inference", "training"):

@@ -21,6 +21,7 @@ from pointcanon.datasets.modelnet_layouts import (
     layouts_at,
     require_layout,
 )
+from pointcanon.datasets.sampling import drawn_rows
 from pointcanon.datasets.split import stratified_split
 from pointcanon.datasets.stored import report_missing
 from pointcanon.errors import DataError, InputError
@@ -50,6 +51,9 @@ class ModelNet40(Dataset[CloudItem]):
             (``y-up-mirrored`` for h5 and txt, ``z-up`` for off).
         normals: Whether items have normals. Those of meshes are the faces' own, whose sign is
             not reliable in ModelNet.
+        resample: Draw the points of ``"train"`` and ``"trainval"`` at each reading, from torch's
+            global generator: of all that h5 files hold, of the first 2,048 (or ``num_points``)
+            otherwise.
         validation_seed: Chooses the validation split.
         layout: ``"h5"``, ``"off"`` or ``"txt"``, where a root holds several.
         missing: What to do about clouds or classes that should be there but are not: ``"raise"``,
@@ -81,6 +85,7 @@ class ModelNet40(Dataset[CloudItem]):
         num_points: int = 1024,
         coordinate_frame: str | CoordinateFrame | None = None,
         normals: bool = False,
+        resample: bool = False,
         validation_seed: int = 0,
         layout: str | None = None,
         missing: Literal["raise", "warn"] = "raise",
@@ -97,6 +102,7 @@ class ModelNet40(Dataset[CloudItem]):
         self.split = split
         self.num_points = num_points
         self.normals = normals
+        self._resample = resample and split in ("train", "trainval")
         self.classes = list(self.class_names)
         self.layout = self._reader.name
         self.native_frame = frame_named(self._reader.coordinate_frame)
@@ -108,6 +114,9 @@ class ModelNet40(Dataset[CloudItem]):
             report_missing(self._reader.folder, split, absent, stop=missing == "raise")
         for path in files:
             self._reader.require(path, num_points, normals)
+        self._pool = num_points
+        if self._resample and files:
+            self._pool = min(self._reader.pool(path, num_points) for path in files)
         refs = [r for path in files for r in self._reader.refs(path) if r.category in self.classes]
         if not refs:
             raise DataError(f"{self._reader.folder} holds no clouds for split {split!r}")
@@ -125,7 +134,11 @@ class ModelNet40(Dataset[CloudItem]):
 
     def __getitem__(self, index: int) -> CloudItem:
         index = range(len(self))[index]
-        points, directions = self._reader.read(self._refs[index], self.num_points, self.normals)
+        points, directions = self._reader.read(self._refs[index], self._pool, self.normals)
+        if self._resample:
+            rows = drawn_rows(len(points), self.num_points, None)
+            points = points[rows]
+            directions = None if directions is None else directions[rows]
         item: CloudItem = {
             "points": self._posed(points),
             "label": int(self.labels[index]),

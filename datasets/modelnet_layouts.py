@@ -54,6 +54,10 @@ __all__ = [
 ]
 
 
+POOL = 2048
+"""Points of a cloud that some are drawn from, where a layout could give any number."""
+
+
 class Ref(NamedTuple):
     """Where one cloud is, and its class."""
 
@@ -128,6 +132,10 @@ class Layout(ABC):
         Only h5 files state this up front; the other layouts find out in :meth:`read`.
         """
 
+    def pool(self, path: Path, num_points: int) -> int:
+        """How many points of each cloud there are to draw ``num_points`` from."""
+        return max(num_points, POOL)
+
 
 # ------------------------------------------------------------------------------------------- h5
 
@@ -191,6 +199,10 @@ class H5Layout(Layout):
                     f"{', '.join(file)}); leave normals away or use the txt layout"
                 )
             _require_points(path, file["data"].shape[1], num_points)
+
+    def pool(self, path: Path, num_points: int) -> int:
+        with _h5_file(path) as file:
+            return max(num_points, int(file["data"].shape[1]))
 
     def read(self, ref: Ref, num_points: int, normals: bool) -> Cloud:
         points = self._row(ref, "data", num_points)

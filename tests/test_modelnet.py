@@ -310,6 +310,30 @@ def test_root_with_the_h5_files_of_other_classes(h5_root):
         ModelNet40(h5_root, "test")
 
 
+@pytest.mark.parametrize("layout", ["h5", "off", "txt"])
+def test_points_are_the_first_or_drawn_anew_at_each_reading(tmp_path, layout):
+    root = {
+        "h5": lambda: write_h5(tmp_path),
+        "off": lambda: write_meshes(tmp_path / "ModelNet10"),
+        "txt": lambda: write_txt(tmp_path, points=2100),
+    }[layout]()
+    data = ModelNet10 if layout == "off" else ModelNet40
+    options = {"num_points": 16, "normals": layout != "h5", "cache": tmp_path / "cache"}
+    fresh = data(root, "train", resample=True, **options)
+    whole = data(root, "train", **{**options, "num_points": 64 if layout == "h5" else 2048})[0]
+    one, other = fresh[0], fresh[0]
+    assert one["points"].shape == (16, 3)
+    assert not torch.equal(one["points"], other["points"])
+    distance, row = (one["points"][:, None] - whole["points"]).norm(dim=-1).min(dim=1)
+    assert distance.max() == 0
+    assert len(row.unique()) == 16  # none twice
+    if options["normals"]:
+        assert torch.equal(one["normals"], whole["normals"][row])
+    test = data(root, "test", resample=True, **options)
+    assert torch.equal(test[0]["points"], test[0]["points"])
+    assert torch.equal(test[0]["points"], data(root, "test", **options)[0]["points"])
+
+
 def test_arguments_that_cannot_be_met(h5_root, txt_root):
     with pytest.raises(InputError, match=r"num_points is 65.*64 points"):
         ModelNet40(h5_root, "test", num_points=65)

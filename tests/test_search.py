@@ -14,7 +14,7 @@ import pointcanon as pc
 from pointcanon import checkpoint, clouds, rotations, testing
 from pointcanon.canonicalizers import PCA, ForGroup, Search, search
 from pointcanon.energies import Entropy, FeatureDistance, FreeEnergy, MaxLogit
-from pointcanon.errors import CheckpointError, InputError
+from pointcanon.errors import CheckpointError, InputError, NotFiniteError
 from pointcanon.predictors import PointNet
 
 
@@ -50,6 +50,22 @@ def known_cloud(dtype: torch.dtype = torch.float64) -> Tensor:
     points = generic(1, 30, torch.float64)[0]
     points = points - points.mean(dim=0)
     return (points / points.norm(dim=-1).max()).to(dtype)
+
+
+class Fails(Knows):
+    """Answers NaN in the sixth pose of the second share it is shown."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        if self.seen:
+            raise NotFiniteError(5, "mend it")
+        return super().forward(points)
+
+
+def test_a_cloud_without_an_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "POINTS_AT_ONCE", 30 * 10)  # ten poses in one call
+    with pytest.raises(NotFiniteError) as caught:
+        Search(Fails(known_cloud()), budget=8, proposal=PCA(4))(generic(9, 30, torch.float64))
+    assert caught.value.cloud == 15 // 4
 
 
 @pytest.mark.parametrize("proposal", [PCA(1), PCA(4), PCA(24)], ids=["1", "4", "24"])

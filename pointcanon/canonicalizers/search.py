@@ -14,7 +14,7 @@ from pointcanon import clouds
 from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.canonicalizers.pca import PCA
 from pointcanon.energies import FreeEnergy
-from pointcanon.errors import InputError
+from pointcanon.errors import InputError, NotFiniteError
 from pointcanon.frames import Frames
 from pointcanon.rotations import from_rotvec, product, so3_grid
 
@@ -200,7 +200,13 @@ class Search(Canonicalizer):
             mask = mask.repeat_interleave(poses.shape[1], dim=0)
         rows = max(1, POINTS_AT_ONCE // posed.shape[1])
         parts = [slice(start, start + rows) for start in range(0, len(posed), rows)]
-        values = [function(posed[part], None if mask is None else mask[part]) for part in parts]
+        values = []
+        for part in parts:
+            try:
+                values.append(function(posed[part], None if mask is None else mask[part]))
+            except NotFiniteError as error:
+                cloud = (part.start + error.cloud) // poses.shape[1]
+                raise NotFiniteError(cloud, error.remedy) from error
         # a batch of no clouds is not shown to the network
         seen = torch.cat(values) if values else posed.new_zeros(0, 1 + 3)
         return seen.view(*poses.shape[:2], seen.shape[1])
