@@ -1,12 +1,15 @@
 """Every canonicalizer on the same real clouds: exactness, stability, pose, time and memory.
 
     python benchmarks/methods.py --root DATA [--predictor FILE] [--model NAME=FILE ...]
+        [--equiadapt PATH]
 
-DATA holds ModelNet40 (its test split is used). Networks without a checkpoint are untrained: their
-exactness, stability and cost mean something, their poses do not. ``--model`` adds the canonicalizer
-of a trained model, ``--predictor`` adds ``Search``. Stability is the angle between the best frames
-of two halves of the points of one object, two samplings of one surface, and of the cloud with and
-without noise (standard deviation 0.01 of its radius). Pose is against the data's own.
+DATA holds ModelNet40 (its test split is used). PATH holds equiadapt 0.1.2, whose VNSmall is then
+measured too (``canonicalizer.py`` says how to get it). Networks without a checkpoint are untrained:
+their exactness, stability and cost mean something, their poses do not. ``--model`` adds the
+canonicalizer of a trained model, ``--predictor`` adds ``Search``. Stability is the angle between
+the best frames of two halves of the points of one object, two samplings of one surface, and of the
+cloud with and without noise (standard deviation 0.01 of its radius). Pose is against the data's
+own.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from canonicalizer import load_vnsmall, row_gram_schmidt
 from measure import cost, in_a_process
 from torch import Tensor
 
@@ -35,6 +40,17 @@ UNTRAINED = {
 }
 
 
+class Equiadapt(Canonicalizer):
+    """VNSmall of the peer as its recipes use it; its "rotations" may be reflections."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.network = load_vnsmall(root)(SimpleNamespace(n_knn=20, pooling="mean"))
+
+    def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
+        return Frames.of(row_gram_schmidt(self.network(points.mT.contiguous()))[:, None])
+
+
 def build(name: str, options: argparse.Namespace) -> Canonicalizer:
     torch.manual_seed(0)
     files = dict(entry.split("=", 1) for entry in options.model)
@@ -42,6 +58,8 @@ def build(name: str, options: argparse.Namespace) -> Canonicalizer:
         model = pc.load(files[name])
         assert isinstance(model.canonicalizer, Canonicalizer)
         return model.canonicalizer.eval()
+    if name == "equiadapt VNSmall":
+        return Equiadapt(options.equiadapt).eval()
     if name == "Search":
         return canonicalizers.Search(pc.predictors.load(options.predictor), budget=24).eval()
     return UNTRAINED[name]().eval()
@@ -144,6 +162,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="folder of ModelNet40")
     parser.add_argument("--predictor", type=Path, help="frozen network for Search")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--equiadapt", type=Path, help="folder that holds equiadapt/")
     parser.add_argument("--only", action="append", help="these methods alone")
     parser.add_argument("--clouds", type=int, default=200)
     parser.add_argument("--points", type=int, default=1024)
@@ -159,6 +178,7 @@ def main() -> None:
         print(json.dumps(expense(options.expense, options)))
         return
     names = [*UNTRAINED, *(["Search"] if options.predictor else [])]
+    names += ["equiadapt VNSmall"] if options.equiadapt else []
     names += [entry.split("=", 1)[0] for entry in options.model]
     report: dict[str, dict[str, object]] = {}
     for name in options.only or names:

@@ -89,7 +89,7 @@ class Augmentation:
 
     Attributes:
         dropout: Largest share of points dropped, in [0, 1).
-        mirror: Whether every other cloud is reflected, left to right (along x).
+        mirror: Axis along which half of the clouds are reflected, None for none.
         scale: Bounds of the factors, (1, 1) for none.
         isotropic: Whether one factor serves all three axes.
         shift: Largest movement along an axis.
@@ -98,7 +98,7 @@ class Augmentation:
     """
 
     dropout: float = 0.0
-    mirror: bool = False
+    mirror: int | None = None
     scale: tuple[float, float] = (1.0, 1.0)
     isotropic: bool = False
     shift: float = 0.0
@@ -108,6 +108,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout}; choose a share in [0, 1)")
+        if self.mirror not in (None, 0, 1, 2):
+            raise InputError(f"mirror is {self.mirror}; choose the axis 0, 1 or 2, or None")
         if not 0 < self.scale[0] <= self.scale[1] < float("inf"):
             raise InputError(f"scale is {self.scale}; choose bounds with 0 < low <= high")
         for name in ("shift", "jitter", "clip"):
@@ -118,8 +120,8 @@ class Augmentation:
         """Augmented ``points (B, N, 3)``; the input is not changed."""
         if self.dropout > 0:
             points = drop_points(points, generator, largest=self.dropout)
-        if self.mirror:
-            points = mirror(points, generator)
+        if self.mirror is not None:
+            points = mirror(points, generator, axis=self.mirror)
         if self.scale != (1.0, 1.0):
             low, high = self.scale
             points = scale(points, generator, low=low, high=high, isotropic=self.isotropic)
@@ -133,7 +135,7 @@ class Augmentation:
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(),
     "scale": Augmentation(scale=(0.75, 1.35)),
-    "pose": Augmentation(mirror=True, scale=(0.75, 1.35)),
+    "pose": Augmentation(mirror=0, scale=(0.75, 1.35)),
     "pointnet": Augmentation(jitter=0.01),
     "dgcnn": Augmentation(scale=(2 / 3, 3 / 2), shift=0.2),
     "vnn": Augmentation(dropout=0.875, scale=(0.8, 1.25), isotropic=True, shift=0.1),

@@ -100,7 +100,7 @@ def test_presets_are_those_of_the_field():
     assert (dgcnn.scale, dgcnn.isotropic, dgcnn.shift) == ((2 / 3, 3 / 2), False, 0.2)
     assert (vnn.scale, vnn.isotropic, vnn.shift) == ((0.8, 1.25), True, 0.1)
     assert (dgcnn.dropout, vnn.dropout) == (0, 0.875)
-    assert not any((dgcnn.mirror, vnn.mirror))  # it is none of theirs
+    assert dgcnn.mirror is vnn.mirror is None
 
 
 def test_own_augmentation_is_used_as_it_is():
@@ -117,6 +117,7 @@ def test_unknown_name_lists_the_known():
     ("options", "message"),
     [
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"mirror": 3}, "mirror is 3"),
         ({"scale": (1.5, 0.5)}, "scale is"),
         ({"scale": (0.0, 1.0)}, "scale is"),
         ({"shift": -0.1}, "shift is -0.1"),

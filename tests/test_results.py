@@ -165,9 +165,7 @@ def test_how_near_the_candidates_come(real_data: Path) -> None:
     options = ["--root", str(root), "--predictor", str(weights)]
     done = subprocess.run([*script, *options], capture_output=True, text=True, check=True)
     for name in ("PCA(24)", "Manhattan(24)", "both"):
-        [angle], [_, under], [_, up], [predicted] = published(
-            name if name == "both" else f"`{name}`"
-        )
+        [[angle], [under], [up], [predicted]] = published(name if name == "both" else f"`{name}`")
         pattern = (
             rf"^{re.escape(name)}\s+angle median (\S+) .*?<10 (\S+) %.*<10 (\S+) %\n.* (\S+) %$"
         )
