@@ -20,7 +20,6 @@ __all__ = [
     "augmentation",
     "drop_points",
     "jitter",
-    "mirror",
     "scale",
     "shift",
 ]
@@ -50,19 +49,6 @@ def scale(
     return points * factors.to(points)
 
 
-def mirror(points: Tensor, generator: Generator, *, axis: int = 0) -> Tensor:
-    """Reflect every other cloud, by chance: the coordinate along ``axis`` changes its sign.
-
-    The axes are those of the points as given, so apply it before any rotation. Along the axis from
-    left to right, x in every frame of :mod:`pointcanon.coordinates`, the mirror image of an upright
-    object is one that might be, in its canonical pose.
-    """
-    draw = torch.rand((len(points), 1), generator=generator, device=generator.device)
-    signs = torch.ones(len(points), points.shape[-1], device=generator.device)
-    signs[:, axis : axis + 1] -= 2 * (draw < 0.5)
-    return points * signs[:, None].to(points)
-
-
 def shift(points: Tensor, generator: Generator, *, limit: float = 0.2) -> Tensor:
     """Move each cloud by a vector with components from U(-limit, limit)."""
     return points + _uniform((len(points), 1, 3), -limit, limit, generator).to(points)
@@ -85,11 +71,10 @@ def _uniform(shape: tuple[int, ...], low: float, high: float, generator: Generat
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Dropout, mirror, scale, shift and jitter, in that order; what changes nothing is left out.
+    """Dropout, scale, shift and jitter, in that order; what is zero or one is left out.
 
     Attributes:
         dropout: Largest share of points dropped, in [0, 1).
-        mirror: Axis along which half of the clouds are reflected, None for none.
         scale: Bounds of the factors, (1, 1) for none.
         isotropic: Whether one factor serves all three axes.
         shift: Largest movement along an axis.
@@ -98,7 +83,6 @@ class Augmentation:
     """
 
     dropout: float = 0.0
-    mirror: int | None = None
     scale: tuple[float, float] = (1.0, 1.0)
     isotropic: bool = False
     shift: float = 0.0
@@ -108,8 +92,6 @@ class Augmentation:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout}; choose a share in [0, 1)")
-        if self.mirror not in (None, 0, 1, 2):
-            raise InputError(f"mirror is {self.mirror}; choose the axis 0, 1 or 2, or None")
         if not 0 < self.scale[0] <= self.scale[1] < float("inf"):
             raise InputError(f"scale is {self.scale}; choose bounds with 0 < low <= high")
         for name in ("shift", "jitter", "clip"):
@@ -120,8 +102,6 @@ class Augmentation:
         """Augmented ``points (B, N, 3)``; the input is not changed."""
         if self.dropout > 0:
             points = drop_points(points, generator, largest=self.dropout)
-        if self.mirror is not None:
-            points = mirror(points, generator, axis=self.mirror)
         if self.scale != (1.0, 1.0):
             low, high = self.scale
             points = scale(points, generator, low=low, high=high, isotropic=self.isotropic)
@@ -135,15 +115,14 @@ class Augmentation:
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(),
     "scale": Augmentation(scale=(0.75, 1.35)),
-    "pose": Augmentation(mirror=0, scale=(0.75, 1.35)),
     "pointnet": Augmentation(jitter=0.01),
     "dgcnn": Augmentation(scale=(2 / 3, 3 / 2), shift=0.2),
     "vnn": Augmentation(dropout=0.875, scale=(0.8, 1.25), isotropic=True, shift=0.1),
 }
 """``scale``: another proportion each time, for canonicalizers, which centre and measure the cloud
-themselves; ``pose``: and half of the clouds mirrored. ``pointnet``: as PointNet's training, its
-rotation left to the protocol. ``dgcnn``: as DGCNN's (also equiadapt, PaRot, LocoTrans). ``vnn``: as
-that of the vector neurons and of yanx27's PointNet++."""
+themselves. ``pointnet``: as PointNet's training, its rotation left to the protocol. ``dgcnn``: as
+DGCNN's (also equiadapt, PaRot, LocoTrans). ``vnn``: as that of the vector neurons and of yanx27's
+PointNet++."""
 
 
 def augmentation(name: str | Augmentation) -> Augmentation:

@@ -40,17 +40,6 @@ def test_isotropic_scale_keeps_the_shape(points, generator):
     assert factors[:, 0, 0].std() > 0.1
 
 
-def test_mirror_turns_left_and_right_of_every_other_cloud(points, generator):
-    mirrored = augment.mirror(points, generator)
-    same = (mirrored == points).flatten(1).all(1)
-    reflection = torch.diag(torch.tensor([-1.0, 1.0, 1.0]))
-    assert torch.equal(mirrored[~same], points[~same] @ reflection)
-    assert same.float().mean() == pytest.approx(0.5, abs=0.1)
-    upside_down = augment.mirror(points, generator, axis=1)[:, :, 1]
-    assert (upside_down < 0).any()
-    assert (upside_down[:, 0] > 0).any()
-
-
 def test_shift_moves_a_cloud_as_a_whole(points, generator):
     moved = augment.shift(points, generator, limit=0.2) - points
     torch.testing.assert_close(moved, moved[:, :1].expand_as(moved), atol=1e-6, rtol=0)
@@ -100,7 +89,6 @@ def test_presets_are_those_of_the_field():
     assert (dgcnn.scale, dgcnn.isotropic, dgcnn.shift) == ((2 / 3, 3 / 2), False, 0.2)
     assert (vnn.scale, vnn.isotropic, vnn.shift) == ((0.8, 1.25), True, 0.1)
     assert (dgcnn.dropout, vnn.dropout) == (0, 0.875)
-    assert dgcnn.mirror is vnn.mirror is None
 
 
 def test_own_augmentation_is_used_as_it_is():
@@ -109,7 +97,7 @@ def test_own_augmentation_is_used_as_it_is():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UsageError, match=r"'dgcn'.*none, scale, pose, pointnet, dgcnn, vnn"):
+    with pytest.raises(UsageError, match=r"'dgcn'.*none, scale, pointnet, dgcnn, vnn"):
         augment.augmentation("dgcn")
 
 
@@ -117,7 +105,6 @@ def test_unknown_name_lists_the_known():
     ("options", "message"),
     [
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"mirror": 3}, "mirror is 3"),
         ({"scale": (1.5, 0.5)}, "scale is"),
         ({"scale": (0.0, 1.0)}, "scale is"),
         ({"shift": -0.1}, "shift is -0.1"),

@@ -409,7 +409,7 @@ def test_every_canonicalizer(name: str, ending: str, tmp_path: Path) -> None:
 
 
 def recommended() -> pc.canonicalizers.Canonicalizer:
-    return optimized(answers=3, looks=4, mirror=0, gate=1.0)
+    return optimized(answers=5, looks=4, gate=1.0)
 
 
 @pytest.mark.slow

@@ -21,8 +21,6 @@ from pointcanon.canonicalizers import (
 )
 from pointcanon.canonicalizers.optimized import (
     NEIGHBOURS,
-    TENSORS,
-    VECTORS,
     OrbitNet,
     PoseNet,
     _neighbours,
@@ -33,7 +31,6 @@ from pointcanon.errors import InputError
 from pointcanon.frames import Frames
 from pointcanon.layers import tiles
 from pointcanon.layers.group_conv import GroupConv
-from pointcanon.layers.local_moments import symmetric
 from pointcanon.losses import prior_loss, refinement_loss
 from pointcanon.priors import Aligned
 
@@ -173,7 +170,6 @@ def test_learning_in_bfloat16_stays_near() -> None:
         ({"answers": 0}, "answers is 0; choose at least 1"),
         ({"points": 0}, "points is 0; choose at least 1"),
         ({"looks": 0}, "looks is 0; choose at least 1"),
-        ({"mirror": 3}, "mirror is 3; choose the axis 0, 1 or 2, or None"),
         ({"negligible": 1.0}, r"negligible is 1.0; choose a share in \[0, 1\)"),
         ({"scorer_hidden": 0}, "hidden is 0"),
         ({"scorer_widths": (32,)}, r"widths is \(32,\); give at least two"),
@@ -307,44 +303,6 @@ def test_the_scores_of_several_looks_are_averaged() -> None:
     mean = module._score(PCA(24)(points), parts).log_weights
     assert (single[0] - single[1]).abs().max() > 1e-3
     torch.testing.assert_close(mean, (sum(single) / 2).log_softmax(dim=1))
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("proposal", [PCA(4), PCA(24), Orbit(PCA(1), "I"), PCA(1)])
-def test_every_second_look_sees_the_mirror_image(proposal: Canonicalizer, axis: int) -> None:
-    """As the first look would, were each posed cloud reflected before the network sees it."""
-    torch.manual_seed(0)
-    points = testing.surface_clouds(3, 64, dtype=torch.float64)
-    module = Optimized(proposal, points=16, looks=2, mirror=axis, **SMALL).double().eval()
-    parts = module._parts(clouds.unit_scale(points - points.mean(dim=1, keepdim=True)), None, 2)
-    frames = proposal(points)
-    both = module._score(frames, parts).log_weights
-    module.mirror = None
-    first = module._score(frames, parts[:1]).log_weights
-    reflection = torch.eye(3, dtype=torch.float64)
-    reflection[axis, axis] = -1
-    # a mirrored cloud, its vectors and tensors, in the mirrored frames M R M
-    vectors, tensors = parts[1][0].split((3 * VECTORS, 6 * TENSORS), dim=-1)
-    signs = symmetric(torch.where(torch.arange(3) == axis, -1.0, 1.0)).to(torch.float64)
-    surface = torch.cat(
-        (
-            (vectors.unflatten(-1, (-1, 3)) @ reflection).flatten(-2),
-            (tensors.unflatten(-1, (-1, 6)) * signs).flatten(-2),
-        ),
-        dim=-1,
-    )
-    orbits = frames.rotations.unflatten(1, (-1, len(module.group)))
-    mirrored = (reflection @ orbits[:, :, :1] @ reflection) @ module.group  # begin alike
-    second = module._score(Frames.of(mirrored.flatten(1, 2), frames.log_weights), [(surface, None)])
-    conjugates = reflection @ mirrored.flatten(1, 2) @ reflection
-    distance = (conjugates[:, :, None] - frames.rotations[:, None]).abs().amax(dim=(-1, -2))
-    assert distance.amin(dim=2).max() < 1e-9
-    second_weights = torch.empty_like(second.log_weights)
-    second_weights.scatter_(1, distance.argmin(dim=2), second.log_weights)
-    expected = ((first + second_weights) / 2).log_softmax(dim=1)
-    torch.testing.assert_close(both, expected, atol=1e-9, rtol=0)
-    module.mirror = axis
-    testing.assert_equivariant(module, testing.surface_clouds(20, 64, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

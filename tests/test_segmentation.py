@@ -646,7 +646,6 @@ def test_a_classifier_is_not_given_shares(
 NORMALS = ["--data.normals=true", SMALL_NORMALS]
 BAD_TRAIN = {
     "stretched normals": ([*NORMALS, "--model.augmentation=scale"], 2, "isotropic true"),
-    "mirrored normals": ([*NORMALS, "--model.augmentation=pose"], 2, "mirror null"),
     "dropped parts": (["--model.augmentation=vnn"], 2, "makes their parts wrong"),
     "dropped normals": ([*NORMALS, "--model.augmentation=vnn"], 2, "parts and normals wrong"),
     "no normals": ([SMALL_NORMALS], 1, "--data.normals true"),

@@ -353,11 +353,6 @@ def _check_augmentation(augmentation: Augmentation, *, parts: bool, normals: boo
             f"this augmentation moves dropped points onto others, which makes their "
             f"{' and '.join(told)} wrong: choose one without dropout, such as 'dgcnn'"
         )
-    if normals and augmentation.mirror is not None:
-        raise UsageError(
-            "this augmentation reflects points and leaves their normals as they are: choose "
-            "--model.augmentation.mirror null"
-        )
     if normals and augmentation.scale != (1.0, 1.0) and not augmentation.isotropic:
         low, high = augmentation.scale
         raise UsageError(

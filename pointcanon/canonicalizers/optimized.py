@@ -169,9 +169,6 @@ class Optimized(Canonicalizer):
             evaluation points spread evenly over the distances from the centre.
         looks: In evaluation, parts of so many points that the scorer sees one after the other; the
             mean of its scores counts. Each costs as much as the first.
-        mirror: The axis from left to right in the canonical pose, 0, 1 or 2, or None. Every second
-            look then sees the mirror image in each pose: another opinion at no more cost. Train
-            with ``Augmentation(mirror=...)``, so that the scorer knows mirror images.
         gate: Log-odds that a cloud arrives in its canonical pose already, against any one of the
             proposals; None gives that pose no chance of its own. With a gate the frames are no
             longer exactly equivariant, as it looks at the pose in which the cloud arrived.
@@ -183,8 +180,6 @@ class Optimized(Canonicalizer):
     """
 
     group: Tensor
-    reflection: Tensor
-    place: Tensor
 
     def __init__(
         self,
@@ -197,7 +192,6 @@ class Optimized(Canonicalizer):
         refiner_widths: Sequence[int] = (64, 128, 256),
         points: int | None = 256,
         looks: int = 1,
-        mirror: int | None = None,
         gate: float | None = None,
         negligible: float = 0.0,
     ) -> None:
@@ -211,20 +205,14 @@ class Optimized(Canonicalizer):
         ):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; choose at least {least}")
-        if mirror not in (None, 0, 1, 2):
-            raise InputError(f"mirror is {mirror}; choose the axis 0, 1 or 2, or None")
         if not 0 <= negligible < 1:
             raise InputError(f"negligible is {negligible}; choose a share in [0, 1)")
         self.proposal = Union([Manhattan(), PCA(24)]) if proposal is None else proposal
         self.keep, self.steps, self.answers = keep, steps, answers
-        self.points, self.looks, self.mirror = points, looks, mirror
-        self.gate, self.negligible = gate, negligible
+        self.points, self.looks, self.gate, self.negligible = points, looks, gate, negligible
         self.scorer_widths, self.scorer_hidden = tuple(scorer_widths), scorer_hidden
         self.refiner_widths = tuple(refiner_widths)
         self.register_buffer("group", self.proposal.candidate_group, persistent=False)
-        reflection, place = (None, None) if mirror is None else _mirrored(self.group, mirror)
-        self.register_buffer("reflection", reflection, persistent=False)
-        self.register_buffer("place", place, persistent=False)
         self.scorer = OrbitNet(
             self.group, scorer_widths, scorer_hidden, vectors=VECTORS, tensors=TENSORS
         )
@@ -244,7 +232,6 @@ class Optimized(Canonicalizer):
             "refiner_widths": self.refiner_widths,
             "points": self.points,
             "looks": self.looks,
-            "mirror": self.mirror,
             "gate": self.gate,
             "negligible": self.negligible,
         }
@@ -278,14 +265,9 @@ class Optimized(Canonicalizer):
         """The proposals weighed by the mean score of the given parts of each surface."""
         poses = proposals.rotations.detach()
         scores = torch.zeros_like(proposals.log_weights)
-        for look, (surface, mask) in enumerate(parts):
+        for surface, mask in parts:
             lessons = SCORER_LESSONS * surface.shape[0]
-            if self.mirror is None or look % 2 == 0:
-                score = self.scorer(surface, poses, mask, lessons)
-            else:
-                mirrored = _reordered(poses, self.place) @ self.reflection.to(poses)
-                score = _reordered(self.scorer(surface, mirrored, mask, lessons), self.place)
-            scores = scores + score[..., 0] / len(parts)
+            scores = scores + self.scorer(surface, poses, mask, lessons)[..., 0] / len(parts)
         return Frames.of(
             proposals.rotations,
             proposals.log_weights + scores,
@@ -326,26 +308,6 @@ def _surface(points: Tensor, cloud: Tensor, mask: Tensor | None) -> Tensor:
     """``(B, M, VECTORS * 3 + TENSORS * 6)``: points and the moments of the cloud around them."""
     offsets, covariances = local_moments(points, cloud, mask)
     return torch.cat((points.detach(), offsets.flatten(2), covariances.flatten(2)), dim=-1)
-
-
-def _mirrored(group: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """The reflection M ``(3, 3)`` along an axis, and ``(G,)`` the index of ``M g M`` for each g.
-
-    A cloud y mirrored in the poses ``R g`` of an orbit is ``y (R g) M = (y R M) (M g M)``: the same
-    orbit of a mirrored cloud, in another order.
-    """
-    reflection = torch.eye(3).to(group)
-    reflection[axis, axis] = -1
-    distance = (reflection @ group @ reflection)[:, None] - group
-    nearest, place = distance.abs().amax(dim=(-1, -2)).min(dim=-1)
-    if nearest.max() > 1e-4:
-        raise InputError(f"mirror is {axis}, but the candidates' group is not alike on both sides")
-    return reflection, place
-
-
-def _reordered(values: Tensor, place: Tensor) -> Tensor:
-    """Values ``(B, K, ...)`` of orbits of G poses each, every orbit in the order of ``place``."""
-    return values.unflatten(1, (-1, len(place)))[:, :, place].flatten(1, 2)
 
 
 def _with_the_pose_as_received(proposals: Frames, group: Tensor, log_odds: float) -> Frames:
