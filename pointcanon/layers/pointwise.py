@@ -30,7 +30,7 @@ class BatchNorm(nn.BatchNorm1d):
         """Normalise.
 
         Args:
-            input: ``(..., C)``, finite in padded rows too.
+            input: ``(..., C)``, finite in padded rows too, which come out as ``bias`` in training.
             mask: ``(...)`` bool, broadcastable to the leading dimensions; True = a real row.
         """
         if not self.training:
@@ -42,12 +42,15 @@ class BatchNorm(nn.BatchNorm1d):
         if mask is None:
             return super().forward(input.reshape(-1, self.num_features)).reshape(input.shape)
         rows = _exact(input.reshape(-1, self.num_features))
-        weights = mask.expand(input.shape[:-1]).reshape(-1, 1).to(rows.dtype)
-        count = weights.sum().clamp_min(1)
-        mean = (weights * rows).sum(dim=0) / count
-        variance = (weights * (rows - mean).square()).sum(dim=0) / count
-        self.track(mean, variance, weights.sum())
-        return self.affine_map(input, mean, variance)
+        real = mask.expand(input.shape[:-1]).reshape(-1, 1)
+        count = real.sum().to(rows.dtype)
+        mean = torch.where(real, rows, 0.0).sum(dim=0) / count.clamp_min(1)
+        # padding counts for the mean: divided by the variance of points that coincide, it would
+        # grow from layer to layer until it overflows
+        rows = torch.where(real, rows, mean)
+        variance = (rows - mean).square().sum(dim=0) / count.clamp_min(1)
+        self.track(mean, variance, count)
+        return self.affine_map(rows.reshape(input.shape), mean, variance).to(input.dtype)
 
     @torch.no_grad()
     def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
