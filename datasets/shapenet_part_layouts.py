@@ -520,7 +520,7 @@ def _map(path: Path) -> _Mapped:
     # a single cloud is stored without slices
     try:
         starts = [0, len(points)] if slices is None else slices["pos"].tolist()
-        category = torch.as_tensor(data["category"]).reshape(-1).numpy()
+        category = torch.as_tensor(data["category"]).detach().reshape(-1).numpy()
         ordered = sorted(starts) == starts and 0 <= min(starts) <= max(starts) <= len(points)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError):
         ordered = False
@@ -528,7 +528,8 @@ def _map(path: Path) -> _Mapped:
         raise DataError(f"{path} does not say where each of its clouds begins")
     if len(category) != len(starts) - 1:
         raise DataError(f"{path} holds {len(starts) - 1} clouds but {len(category)} categories")
-    return _Mapped(points, parts, normals, starts, category)
+    normals = None if normals is None else normals.detach()
+    return _Mapped(points.detach(), parts.detach(), normals, starts, category)
 
 
 def _load_weights_only(path: Path) -> Any:
