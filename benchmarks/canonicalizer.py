@@ -4,10 +4,10 @@
     python benchmarks/canonicalizer.py --equiadapt PATH
 
 Both run in this one session, forward only, each measurement in a process of its own so that peak
-memory is its own: ``ru_maxrss`` after the forward less that before it. equiadapt's package imports
-torchvision, so its two point-cloud modules are loaded from their files; they are given parameters
-as their recipes do (mean pooling, k = 20). Its three vectors become a rotation by Gram-Schmidt, as
-in its own recipe. Nothing here asserts a time.
+memory is its own: the most that was resident during the forward, less what was before it.
+equiadapt's package imports torchvision, so its two point-cloud modules are loaded from their files;
+they are given parameters as their recipes do (mean pooling, k = 20). Its three vectors become a
+rotation by Gram-Schmidt, as in its own recipe. Nothing here asserts a time.
 """
 
 from __future__ import annotations

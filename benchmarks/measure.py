@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 __all__ = ["cost", "in_a_process"]
 
 
-def peak_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if platform.system() == "Darwin" else peak / 2**10
+def memory_mib() -> tuple[float, float]:
+    """Resident memory of this process, and the most it was since :func:`forget_peak`."""
+    if platform.system() == "Darwin":  # which knows the highest ever only
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak, peak
+    status = Path("/proc/self/status").read_text()
+    now, peak = (re.search(rf"{name}:\s+(\d+) kB", status) for name in ("VmRSS", "VmHWM"))
+    assert now is not None
+    assert peak is not None
+    return int(now[1]) / 2**10, int(peak[1]) / 2**10
+
+
+def forget_peak() -> None:
+    """What imports and loading once took must not hide what a run takes."""
+    gc.collect()
+    if platform.system() == "Linux":
+        with suppress(OSError):  # where that may not be written
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def cost(run: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Best time of several runs, and how far they raised the peak memory of this process."""
-    before = peak_mib()
+    """Best time of several runs, and how far above its resident memory the process was in them."""
+    forget_peak()
+    before, _ = memory_mib()
     seconds, cpu_seconds = [], []
     for _ in range(repeats):
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -31,7 +51,7 @@ def cost(run: Callable[[], object], repeats: int) -> dict[str, float]:
     return {
         "seconds": min(seconds),
         "cpu_seconds": min(cpu_seconds),  # tells more where the machine is busy with other work
-        "extra_mib": peak_mib() - before,
+        "extra_mib": max(0.0, memory_mib()[1] - before),
     }
 
 
