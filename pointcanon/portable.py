@@ -13,7 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["eigh", "eigvalsh", "exporting", "full_precision", "largest_eigenvector", "repeat"]
+__all__ = [
+    "atan2",
+    "eigh",
+    "eigvalsh",
+    "exporting",
+    "full_precision",
+    "largest_eigenvector",
+    "repeat",
+]
 
 SWEEPS = 6
 """Of the Jacobi method: it converges quadratically, and float64 needs five for 4 x 4 matrices."""
@@ -82,6 +90,11 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if not exporting():
         return tuple(torch.linalg.eigh(matrices))
     return _jacobi(matrices)
+
+
+def atan2(y: Tensor, x: Tensor) -> Tensor:
+    """The angle of ``(x, y)``; in an export to single precision, as onnxruntime knows no other."""
+    return torch.atan2(y, x) if not exporting() else torch.atan2(y.float(), x.float()).to(y.dtype)
 
 
 def largest_eigenvector(matrices: Tensor) -> Tensor:

@@ -162,4 +162,4 @@ def _fourfold(along: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     size = (real.square() + imaginary.square()).sqrt() / torch.where(
         most > 0, most, torch.ones_like(most)
     )
-    return torch.atan2(imaginary, real) / 4, size
+    return portable.atan2(imaginary, real) / 4, size
