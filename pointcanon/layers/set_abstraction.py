@@ -198,7 +198,7 @@ def interpolate(points: Tensor, coarse: Tensor, values: Tensor) -> Tensor:
     ends = coarse.flatten(0, 1)[nearest].unflatten(0, points.shape[:2])
     squared = (points[:, :, None] - ends).square().sum(dim=-1)
     # in proportion to 1 / (squared + 1e-8); ONNX optimisers take a term of 1e-8 for none at all
-    weights = 1 / (1e8 * squared + 1)
+    weights = 1 / (100 * squared + 1e-6)
     weights = (weights / weights.sum(dim=-1, keepdim=True)).to(values.dtype)
     flat = values.flatten(0, 1)
     total = sum(
