@@ -73,12 +73,12 @@ class EdgeConv(nn.Module):
         self.layer = Layer(2 * in_channels, out_channels)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(B, N, C)``, finite in padded rows too, to ``(B, N, D)``."""
+        """``(B, N, C)``, finite in padded rows too, to ``(B, N, D)``, zero in those."""
         neighbors = knn(features.detach(), self.k, mask)
         with full_precision(features):
             ends, centres = _edge_terms(self.layer, features, neighbors, mask)
             maxima = F.leaky_relu_(neighbor_max(ends, neighbors) + centres, SLOPE)
-        return maxima.to(features.dtype)
+        return _without_padding(maxima, mask).to(features.dtype)
 
 
 class DeepEdgeConv(nn.Module):
@@ -102,7 +102,7 @@ class DeepEdgeConv(nn.Module):
         )
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(B, N, C)``, finite in padded rows too, to ``(B, N, D)``."""
+        """``(B, N, C)``, finite in padded rows too, to ``(B, N, D)``, zero in those."""
         neighbors = knn(features.detach(), self.k, mask)
         first, second = self.layers
         assert isinstance(first, Layer)
@@ -124,7 +124,7 @@ class DeepEdgeConv(nn.Module):
                 blocks = self._blocks(ends, centres, neighbors, mask, scale[:, None] * weight)
                 outputs = torch.cat([maxima for maxima, *_ in blocks]) + shift
             outputs = F.leaky_relu_(outputs, SLOPE).unflatten(0, neighbors.shape[:2])
-        return outputs.to(features.dtype)
+        return _without_padding(outputs, mask).to(features.dtype)
 
     def _blocks(
         self,
@@ -343,6 +343,11 @@ def _pool_moments(mean: Tensor, squares: Tensor, count: Tensor) -> tuple[Tensor,
     joint = (count * mean).sum(dim=0) / total
     squares = squares + count * (mean - joint).square()
     return joint, squares.sum(dim=0) / total, total
+
+
+def _without_padding(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero in padded rows, which divided by the variance of points that coincide would grow."""
+    return features if mask is None else features.masked_fill(~mask[..., None], 0.0)
 
 
 def _running(norm: BatchNorm) -> tuple[Tensor, Tensor]:
