@@ -38,6 +38,8 @@ class Frames:
             the rotations are, of a canonicalizer that says how sure it is.
         embeddings: ``(B, G, D)`` or None, what a network answered to each of the G poses the frames
             were chosen from.
+        class_logits: ``(B, C)`` or None, what a canonicalizer that learned classes as well takes
+            each cloud for.
     """
 
     rotations: Tensor
@@ -49,6 +51,7 @@ class Frames:
     scale: Tensor | None = None
     fisher: Tensor | None = None
     embeddings: Tensor | None = None
+    class_logits: Tensor | None = None
 
     @classmethod
     def of(
@@ -62,6 +65,7 @@ class Frames:
         scale: Tensor | None = None,
         fisher: Tensor | None = None,
         embeddings: Tensor | None = None,
+        class_logits: Tensor | None = None,
     ) -> Frames:
         """Frames from rotations ``(B, K, 3, 3)`` or ``(B, 3, 3)``; the rest has plain defaults.
 
@@ -98,6 +102,7 @@ class Frames:
             scale,
             fisher,
             embeddings,
+            class_logits,
         )
 
     def __getitem__(self, clouds: slice | Tensor) -> Frames:

@@ -19,7 +19,7 @@ from pointcanon.predictors.base import TRAINED_ON, PartPredictor
 
 __all__ = ["RECOMMENDED_VOTE", "Canonicalized", "Prediction", "Vote", "load"]
 
-Vote: TypeAlias = Literal["probabilities", "certainty", "mean"]
+Vote: TypeAlias = Literal["probabilities", "certainty", "product", "mean"]
 """How the outputs of several frames are joined."""
 
 RECOMMENDED_VOTE: Vote = "certainty"
@@ -68,8 +68,13 @@ class Canonicalized(nn.Module):
         vote: How the outputs of several frames are joined, cloud by cloud or point by point:
             ``"probabilities"`` takes outputs as logits and mixes the probabilities;
             ``"certainty"`` does, and a frame counts the more, the surer the predictor is there
-            (``Frames.vote_logits``); ``"mean"`` averages the outputs as they are (frame averaging).
-            With one frame all leave the output as it is.
+            (``Frames.vote_logits``); ``"product"`` multiplies the outcome of that by what the
+            canonicalizer itself takes the cloud for (``Frames.class_logits``), so that two networks
+            decide, a product of experts; ``"mean"`` averages the outputs as they are (frame
+            averaging). With one frame all but ``"product"`` leave the output as it is.
+
+    Raises:
+        InputError: On any other vote, or ``"product"`` for a network that labels parts.
     """
 
     def __init__(
@@ -81,6 +86,11 @@ class Canonicalized(nn.Module):
         super().__init__()
         if vote not in get_args(Vote):
             raise InputError(f"vote is {vote!r}; choose one of {', '.join(get_args(Vote))}")
+        if vote == "product" and isinstance(predictor, PartPredictor):
+            raise InputError(
+                f"vote is 'product', and {type(predictor).__name__} labels parts, which no "
+                f"canonicalizer knows: choose {RECOMMENDED_VOTE!r}"
+            )
         self.predictor = predictor
         self.canonicalizer = canonicalizer
         for part in canonicalizer.modules():
@@ -169,7 +179,22 @@ class Canonicalized(nn.Module):
         outputs = self._outputs(posed, self._asked(frames))
         if self.vote == "mean":
             return frames.vote(outputs)
-        return frames.vote_logits(outputs, by_certainty=self.vote == "certainty")
+        if self.vote == "probabilities":
+            return frames.vote_logits(outputs)
+        logits = frames.vote_logits(outputs, by_certainty=True)
+        return self._with_opinion(frames, logits) if self.vote == "product" else logits
+
+    def _with_opinion(self, frames: Frames, logits: Tensor) -> Tensor:
+        """Logits ``(B, C)`` times what the canonicalizer takes the clouds for, unnormalised."""
+        opinion = frames.class_logits
+        if opinion is None or opinion.shape != logits.shape:
+            known = "no" if opinion is None else opinion.shape[1]
+            raise InputError(
+                f"vote is 'product', and the canonicalizer knows {known} classes where the "
+                f"predictor tells {logits.shape[1]} apart: train Optimized(classes="
+                f"{logits.shape[1]}), or choose vote {RECOMMENDED_VOTE!r}"
+            )
+        return logits.log_softmax(dim=-1) + opinion.to(logits.dtype).log_softmax(dim=-1)
 
     def _asked(self, frames: Frames) -> Tensor | None:
         """Which frames ``(B, K)`` have a say in the vote; None asks them all.

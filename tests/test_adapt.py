@@ -16,7 +16,7 @@ from pointcanon.canonicalizers import Optimized
 from pointcanon.cli import main
 from pointcanon.errors import CheckpointError, InputError
 from pointcanon.testing import assert_invariant, generic_clouds
-from pointcanon.train.adapt import Adapted, _of_one_size, _rate
+from pointcanon.train.adapt import Adapted, PoseTask, _of_one_size, _rate
 
 
 class Corner(nn.Module):
@@ -36,10 +36,10 @@ class Corner(nn.Module):
         return torch.cat((skewness, -skewness), dim=1)
 
 
-def small() -> Optimized:
+def small(classes: int | None = None) -> Optimized:
     torch.manual_seed(0)
-    sizes = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
-    return Optimized(keep=2, points=None, **sizes)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+    return Optimized(keep=2, points=None, classes=classes, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,38 @@ def test_labels_serve_the_report_alone(corners: tuple[Tensor, Tensor]) -> None:
     assert models[0].report.labelled
     assert models[0].report.alone.score["I"] == 1
     assert models[1].report.alone.score["I"] == 0
+
+
+def test_the_network_teaches_its_classes(corners: tuple[Tensor, Tensor]) -> None:
+    points = corners[0][:24].clone()
+    points[::2] *= torch.tensor([0.5, 1.0, 4.0])  # two things
+    options: dict[str, Any] = {"epochs": 8, "batch_size": 4, "learning_rate": 1e-2}
+    model = pc.adapt(Corner(), points, canonicalizer=small(6), progress=False, **options)
+    found = model.canonicalizer(points).class_logits
+    assert found is not None
+    assert torch.equal(found.argmax(dim=1), Corner()(points).argmax(dim=1))
+
+
+def test_the_network_is_asked_once_about_each_cloud() -> None:
+    asked: list[int] = []
+
+    def classify(batch: dict[str, Tensor]) -> Tensor:
+        asked.extend(batch["index"].tolist())
+        return 10 * batch["index"]
+
+    prior, up = pc.priors.Aligned(), torch.tensor([0.0, 0.0, 1.0])
+    options: dict[str, Any] = {"learning_rate": 1e-3, "minutes": None, "seed": 0}
+    task = PoseTask(small(), prior, up, classify=classify, **options)
+    for index in ([0, 2], [3, 1], [1, 0], [2, 3]):
+        classes = task._classes({"index": torch.tensor(index)})
+        assert classes is not None
+        assert classes.tolist() == [10 * cloud for cloud in index]
+    assert asked == [0, 2, 3, 1]
+
+
+def test_other_classes_than_the_network_tells_apart(corners: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(InputError, match=r"classes is 5, and the network tells 6 .* classes=6"):
+        pc.adapt(Corner(), corners[0][:12], canonicalizer=Optimized(classes=5), **QUICK)
 
 
 def test_the_best_weights_are_kept(corners: tuple[Tensor, Tensor]) -> None:

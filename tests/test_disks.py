@@ -98,9 +98,9 @@ NAMES = [
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``adapt`` trains is small."""
 
-    def recommended() -> Optimized:
-        sizes = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
-        return Optimized(keep=1, **sizes)  # type: ignore[arg-type]
+    def recommended(classes: int | None) -> Optimized:
+        sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+        return Optimized(keep=1, classes=classes, **sizes)
 
     monkeypatch.setattr("pointcanon.train.adapt.recommended", recommended)
 

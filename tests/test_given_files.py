@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,9 +172,9 @@ def test_part_networks_are_told_the_category_by_folder(
 def test_adapting_to_a_folder(
     shop: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def small() -> Optimized:
-        sizes = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
-        return Optimized(keep=1, points=None, **sizes)  # type: ignore[arg-type]
+    def small(classes: int | None) -> Optimized:
+        sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+        return Optimized(keep=1, points=None, classes=classes, **sizes)
 
     monkeypatch.setattr("pointcanon.train.adapt.recommended", small)
     network = pc.predictors.create("pointnet", num_classes=3, embedding=8, widths=(8,))

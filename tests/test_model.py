@@ -15,7 +15,7 @@ from pointcanon.canonicalizers import PCA, Canonicalizer, Identity, Optimized, S
 from pointcanon.errors import CheckpointError, InputError, NotFiniteError
 from pointcanon.frames import Frames
 from pointcanon.model import Canonicalized, load
-from pointcanon.predictors import PointNet
+from pointcanon.predictors import PointNet, create
 
 CLASSES = ("chair", "lamp", "sofa", "table", "vase")
 CANONICALIZERS = {
@@ -84,6 +84,30 @@ def test_votes_over_frames() -> None:
     torch.testing.assert_close(averaged(points), logits.mean(dim=1))
     with pytest.raises(InputError, match="vote is 'majority'"):
         model(vote="majority")
+
+
+@pytest.mark.parametrize("answers", [1, 3])
+def test_the_canonicalizer_has_a_say_in_a_product_vote(answers: int) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+    knowing = Optimized(keep=2, answers=answers, classes=5, **sizes).double()
+    whole = model(knowing, vote="product").double()
+    points = testing.generic_clouds(12, 64, dtype=torch.float64)
+    alone = Canonicalized(whole.predictor, knowing, "certainty").eval()(points)
+    opinion = knowing(points).class_logits
+    assert opinion is not None
+    product = alone.softmax(dim=-1) * opinion.softmax(dim=-1)
+    torch.testing.assert_close(
+        whole(points).softmax(dim=-1), product / product.sum(dim=-1, keepdim=True)
+    )
+    testing.assert_invariant(whole, points)
+    strangers: list[Any] = [Optimized(keep=2, classes=7, **sizes).double(), PCA(4)]
+    for stranger, known in zip(strangers, ("7", "no"), strict=True):
+        with pytest.raises(InputError, match=rf"knows {known} classes .* tells 5 apart"):
+            Canonicalized(whole.predictor, stranger, "product").eval()(points)
+    parts = create("pointnet-parts", num_parts=4, num_categories=0)
+    with pytest.raises(InputError, match="labels parts"):
+        Canonicalized(parts, knowing, "product")
 
 
 def test_identity_is_the_bare_predictor() -> None:

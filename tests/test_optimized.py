@@ -119,15 +119,17 @@ def test_the_score_is_one_function_of_the_posed_cloud(name: str) -> None:
     """Whichever pose an orbit starts from, the same pose gets the same score."""
     torch.manual_seed(0)
     group = rotations.group(name, torch.float64)
-    net = OrbitNet(group, (8, 12), hidden=16, mixed=4).double().eval()
+    net = OrbitNet(group, (8, 12), hidden=16, mixed=4, classes=5).double().eval()
 
     points = testing.generic_clouds(1, 30, dtype=torch.float64)
-    first = net(points, group[None])[0, :, 0]
+    (first,), recognised = net(points, group[None])
     assert len(group) == 1 or first.std() > 1e-4
     for turn in group:
         moved = (turn @ group)[:, None].sub(group).abs().amax(dim=(-1, -2)).argmin(dim=1)
-        torch.testing.assert_close(net(points, (turn @ group)[None])[0, :, 0], first[moved])
-        torch.testing.assert_close(net(points @ turn, group[None])[0, :, 0], first[moved])
+        for cloud, poses in ((points, turn @ group), (points @ turn, group)):
+            (scores,), classes = net(cloud, poses[None])
+            torch.testing.assert_close(scores, first[moved])
+            torch.testing.assert_close(classes, recognised)  # the same whatever comes first
 
 
 @pytest.mark.parametrize(

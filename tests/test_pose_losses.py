@@ -87,6 +87,21 @@ def test_a_loss_that_does_not_fit_the_canonicalizer_is_named(
         _train("shapes-pointnet-matrix-fisher", predictor, tmp_path, *options)
 
 
+def test_a_canonicalizer_learns_the_classes(predictor: Path, tmp_path: Path) -> None:
+    options = [*SMALL, "--model.canonicalizer.proposal.canonicalizer.size=small"]
+    options.append("--model.class_weight=0.3")
+
+    def learn(classes: int) -> pc.Canonicalized:
+        told = f"--model.canonicalizer.classes={classes}"
+        return _train("shapes-pointnet-quotient", predictor, tmp_path / told, *options, told)
+
+    logits = learn(16).canonicalizer(testing.generic_clouds(3, 40)).class_logits
+    assert logits is not None
+    assert logits.shape == (3, 16)
+    with pytest.raises(UsageError, match=r"learns 16 classes.* this one learns 5: .*classes 16"):
+        learn(5)
+
+
 def test_an_unknown_quotient_is_named(predictor: Path, tmp_path: Path) -> None:
     with pytest.raises(pc.errors.PointcanonError, match="unknown rotation group 'D4'"):
         _train("shapes-pointnet-quotient", predictor, tmp_path, "--model.quotient_group=D4")

@@ -69,6 +69,7 @@ def test_a_canonicalizer_recipe_leaves_the_predictor_as_it_was(
 ) -> None:
     options = [*TINY, f"--model.predictor={predictor}", "--trainer.check_val_every_n_epoch=1"]
     options += ["--data.name=parametric-shapes", "--model.canonicalizer.keep=2"]
+    options += ["--model.canonicalizer.classes=16"]
     folder = _train(name, tmp_path, *options)
     model = pc.load(folder / "best.safetensors")
     before = pc.predictors.load(predictor).state_dict()

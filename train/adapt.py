@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from pointcanon.canonicalizers import Canonicalizer, Optimized
+from pointcanon.canonicalizers import Canonicalizer, Identity, Optimized
 from pointcanon.coordinates import CoordinateFrame
 from pointcanon.datasets.augment import AUGMENTATIONS
 from pointcanon.datasets.collate import collate
@@ -33,7 +34,7 @@ from pointcanon.eval.audit import Audit, audit, meet
 from pointcanon.eval.protocols import pose_rotations, random_pose
 from pointcanon.losses import Refines, prior_loss, refinement_loss
 from pointcanon.model import RECOMMENDED_VOTE, Canonicalized
-from pointcanon.predictors.base import TRAINED_ON
+from pointcanon.predictors.base import TRAINED_ON, PartPredictor, Predictor
 from pointcanon.priors import Aligned, Mixture, Prior, Upright
 from pointcanon.rotations import product
 from pointcanon.train.data import EpochSampler
@@ -50,7 +51,7 @@ LEAST_EPOCHS, LEAST_STEPS = 20, 3000
 VALIDATIONS = 20
 """In a training that nothing stops."""
 
-OUTLIERS, REFINEMENT_WEIGHT = 0.05, 0.1
+OUTLIERS, REFINEMENT_WEIGHT, CLASS_WEIGHT = 0.05, 0.1, 0.3
 """As in the recommended recipes."""
 
 
@@ -131,9 +132,11 @@ def adapt(
 ) -> Adapted:
     """Make an existing network rotation-robust: train a canonicalizer to stand in front of it.
 
-    The network is frozen and never asked while training: the canonicalizer learns from the poses of
-    the clouds alone, so they must stand as those did that the network was trained on. Labels serve
-    the report only; without them it compares with what the network says of the clouds as they come.
+    The network is frozen. The canonicalizer learns from the poses of the clouds, so they must stand
+    as those did that the network was trained on; and, of a classifier, to tell the classes apart as
+    the network does, which is asked once about each cloud as it comes: knowing what a thing is
+    helps to see how it stands. Labels serve the report only; without them it compares with what the
+    network says of the clouds as they come.
     The clouds that are held out decide which weights are kept, and the report is about them; use
     :func:`pointcanon.audit` for clouds that neither network has seen.
 
@@ -150,7 +153,8 @@ def adapt(
             ``(M, N, 3)``, a list of clouds of different size, or a torch data set. M >= 2.
         labels: ``(M,)`` integers, the classes; for part networks the categories.
         parts: For part networks, the part of each point.
-        canonicalizer: Trained instead of the recommended one, in place.
+        canonicalizer: Trained instead of the recommended one, in place. It learns the classes if it
+            is an ``Optimized`` with as many ``classes`` as the network.
         prior: Over the poses of the clouds. By default seven tenths are aligned, the heading of the
             others, which may look alike from all sides, is free.
         coordinate_frame: Which says where up is; None takes that of the clouds, else of the
@@ -183,13 +187,16 @@ def adapt(
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(forked):
         torch.manual_seed(seed)
-        canonicalizer = canonicalizer or recommended()
+        classes = None if isinstance(network, PartPredictor) else network.num_classes
+        canonicalizer = canonicalizer or recommended(classes)
         canonicalizer.to(torch.promote_types(like.dtype, torch.float32))
+        network.to(device)
         history = _train(
             PoseTask(
                 canonicalizer,
                 prior or usual_prior(given.coordinate_frame),
                 given.coordinate_frame.up_axis,
+                classify=_classifier(network, canonicalizer, like.dtype),
                 learning_rate=learning_rate,
                 minutes=minutes,
                 seed=seed,
@@ -204,7 +211,6 @@ def adapt(
             device=device,
             progress=progress,
         )
-    network.to(device)
     canonicalizer.to(device).eval()
     report = audit(
         Canonicalized(network, canonicalizer, RECOMMENDED_VOTE),
@@ -217,9 +223,35 @@ def adapt(
     return Adapted(network, canonicalizer, report, history).eval()
 
 
-def recommended() -> Optimized:
-    """The canonicalizer of the recommended recipes."""
-    return Optimized(answers=5, looks=4)
+def recommended(classes: int | None = None) -> Optimized:
+    """The canonicalizer of the recommended recipes, which learns so many classes besides."""
+    return Optimized(answers=5, looks=4, classes=classes)
+
+
+def _classifier(
+    network: Predictor | PartPredictor, canonicalizer: Canonicalizer, dtype: torch.dtype
+) -> Callable[[dict[str, Tensor]], Tensor] | None:
+    """What says which class a cloud is of, if both the network and the canonicalizer know classes.
+
+    Raises:
+        InputError: If they do not know the same number of them.
+    """
+    learned: int | None = getattr(canonicalizer, "classes", None)
+    if learned is None:
+        return None
+    if isinstance(network, PartPredictor) or learned != network.num_classes:
+        known = None if isinstance(network, PartPredictor) else network.num_classes
+        raise InputError(
+            f"canonicalizer.classes is {learned}, and the network tells {known or 'no'} classes "
+            f"apart: construct it with classes={known}"
+        )
+    model = Canonicalized(network, Identity())
+
+    def classify(batch: dict[str, Tensor]) -> Tensor:
+        normals = batch["normals"].to(dtype) if "normals" in batch else None
+        return model.predict(batch["points"].to(dtype), batch.get("mask"), normals).labels
+
+    return classify
 
 
 def usual_prior(frame: CoordinateFrame) -> Mixture:
@@ -230,15 +262,17 @@ def usual_prior(frame: CoordinateFrame) -> Mixture:
 
 
 class PoseTask(lightning.LightningModule):
-    """Train a canonicalizer by the poses of clouds alone; keep the weights that validate best.
+    """Train a canonicalizer by the poses of clouds; keep the weights that validate best.
 
-    Unlike :class:`~pointcanon.train.task.CloudTask` it needs neither a predictor nor labels, and
-    its learning rate falls with the time where that is limited.
+    Unlike :class:`~pointcanon.train.task.CloudTask` it needs no labels, and its learning rate falls
+    with the time where that is limited.
 
     Args:
         canonicalizer: Learns.
         prior: Over the poses of the clouds.
         up_axis: ``(3,)``, of the clouds.
+        classify: Says of a batch of clouds as they come what they are, ``(B,)``, for canonicalizers
+            that learn the classes as well. It is asked once about each cloud.
         learning_rate: At its highest.
         minutes: After which it will be stopped.
         seed: Of everything random in a step.
@@ -253,6 +287,7 @@ class PoseTask(lightning.LightningModule):
         prior: Prior,
         up_axis: Tensor,
         *,
+        classify: Callable[[dict[str, Tensor]], Tensor] | None = None,
         learning_rate: float,
         minutes: float | None,
         seed: int,
@@ -264,6 +299,7 @@ class PoseTask(lightning.LightningModule):
                 f"{name} has nothing to learn: use pointcanon.Canonicalized(predictor, {name}())"
             )
         self.canonicalizer, self.prior, self.up_axis = canonicalizer, prior, up_axis
+        self.classify, self.answers = classify, dict[int, int]()
         self.learning_rate, self.minutes, self.seed = learning_rate, minutes, seed
         self.mean = MeanMetric()
         self.losses: list[tuple[int, float]] = []
@@ -282,6 +318,7 @@ class PoseTask(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(self._step_seed)
+        classes = self._classes(batch)
         points, normals = _of_one_size(self._cast(batch), generator)
         points = AUGMENTATIONS["scale" if normals is None else "none"](points, generator)
         turn = random_pose("SO3", len(points), self.up_axis, generator).to(points)
@@ -292,8 +329,20 @@ class PoseTask(lightning.LightningModule):
         if hasattr(self.canonicalizer, "refine"):
             refines = cast(Refines, self.canonicalizer)
             loss = loss + REFINEMENT_WEIGHT * refinement_loss(refines, points, self.prior, turn)
+        if classes is not None:
+            assert frames.class_logits is not None
+            loss = loss + CLASS_WEIGHT * functional.cross_entropy(frames.class_logits, classes)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(points))
         return loss
+
+    def _classes(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """What the clouds of a batch are, ``(B,)``, where that is to be learned."""
+        if self.classify is None:
+            return None
+        index = batch["index"].tolist()
+        if not self.answers.keys() >= set(index):
+            self.answers.update(zip(index, self.classify(batch).tolist(), strict=True))
+        return torch.tensor([self.answers[cloud] for cloud in index], device=self.device)
 
     def on_validation_epoch_start(self) -> None:
         dataset = cast(Any, self.trainer.val_dataloaders).dataset

@@ -99,6 +99,8 @@ class CloudTask(lightning.LightningModule):
         quotient_weight: Of the quotient loss, which takes the pose of the data for the canonical
             one up to a finite group; of several candidates it looks at the first that is proposed.
         quotient_group: That group: C<n>, T, O or I.
+        class_weight: Of the cross-entropy of what the canonicalizer itself takes the clouds for,
+            where it learns the classes as well (``classes`` of ``Optimized``).
         task_weight: Of the cross-entropy.
         vote: How the predictor's outputs in several frames are joined, as in ``Canonicalized``.
         protocol: Train and test poses, such as ``z/SO3``.
@@ -129,6 +131,7 @@ class CloudTask(lightning.LightningModule):
         matrix_fisher_weight: float = 0.0,
         quotient_weight: float = 0.0,
         quotient_group: str = "O",
+        class_weight: float = 0.0,
         task_weight: float = 1.0,
         vote: Vote = "probabilities",
         protocol: str = "I/SO3",
@@ -174,6 +177,7 @@ class CloudTask(lightning.LightningModule):
         self.contrastive_weight = contrastive_weight
         self.matrix_fisher_weight = matrix_fisher_weight
         self.quotient_weight, self.quotient_group = quotient_weight, group(quotient_group)
+        self.class_weight = class_weight
         if refinement_weight > 0 and not (prior and hasattr(self.model.canonicalizer, "refine")):
             raise UsageError(
                 "refinement_weight needs a prior and a canonicalizer that refines (Optimized)"
@@ -181,6 +185,14 @@ class CloudTask(lightning.LightningModule):
         if refinement_weight > 0 and getattr(dataset, "num_points", None) == "all":
             raise UsageError(
                 "refinement_weight needs clouds of one size: give --data.num_points a number"
+            )
+        told_apart = getattr(self.model.canonicalizer, "classes", None)
+        if class_weight > 0 and told_apart != len(dataset.classes):
+            raise UsageError(
+                f"class_weight needs a canonicalizer that learns {len(dataset.classes)} classes, "
+                f"as {dataset.name} has, and this one learns {told_apart or 'none'}: "
+                "--model.canonicalizer pointcanon.canonicalizers.Optimized "
+                f"--model.canonicalizer.classes {len(dataset.classes)}"
             )
         self.protocol = _protocol(protocol)
         self.augmentation = find_augmentation(augmentation)
@@ -269,6 +281,9 @@ class CloudTask(lightning.LightningModule):
             logits = self.model.predict_in(frames, *geometry, self._category(batch))
             task = _cross_entropy(logits, self._target(batch), self.label_smoothing)
             loss = loss + self.task_weight * task
+        if self.class_weight > 0:
+            assert frames.class_logits is not None  # as many as there are classes
+            loss = loss + self.class_weight * _cross_entropy(frames.class_logits, batch["label"])
         return loss + self._pose_loss(frames, batch["points"], turn)
 
     def _pose_loss(self, frames: Frames, points: Tensor, turn: Tensor) -> Tensor:

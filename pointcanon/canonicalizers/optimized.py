@@ -96,6 +96,7 @@ class OrbitNet(nn.Module):
         mixed: Of these, mixed down, the second convolution sees so many.
         vectors: Given of each point.
         tensors: Given of each point, as in ``layers.posed_linear``.
+        classes: To be told apart besides; None for none.
 
     Raises:
         InputError: On fewer than two widths, a number below 1, or matrices that are no group.
@@ -109,6 +110,7 @@ class OrbitNet(nn.Module):
         mixed: int = 64,
         vectors: int = 1,
         tensors: int = 0,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         if min(hidden, mixed) < 1:
@@ -122,6 +124,11 @@ class OrbitNet(nn.Module):
         self.second = GroupConv(group, mixed, hidden)
         self.second_normed = nn.LayerNorm(hidden)
         self.score = nn.Linear(hidden, 1, bias=False)
+        self.recognise = None
+        if classes is not None:
+            self.recognise = nn.Sequential(
+                nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+            )
 
     def forward(
         self,
@@ -129,15 +136,20 @@ class OrbitNet(nn.Module):
         rotations: Tensor,
         mask: Tensor | None = None,
         lessons: int | None = None,
-    ) -> Tensor:
-        """``(B, K, 1)`` scores of clouds in K poses each; arguments as of ``CriticalMax``."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores ``(B, K)`` of clouds in K poses each, and logits of their classes ``(B, C)``.
+
+        Arguments are those of ``CriticalMax``. The classes are told by the most that any pose shows
+        of each feature; there are none where none are to be told apart.
+        """
         features = self.features(points, rotations, mask, lessons)
         with learning_precision(self, features):
             orbit = self.normed(features).unflatten(1, (-1, self.size))
             orbit = self.first_normed(self.first(orbit).relu())
             orbit = self.second_normed(orbit + self.second(self.mix(orbit)).relu())
-        answer: Tensor = self.score(orbit.to(points.dtype)).flatten(1, 2)
-        return answer
+        orbit = orbit.to(points.dtype).flatten(1, 2)
+        recognised = None if self.recognise is None else self.recognise(orbit.amax(dim=1))
+        return self.score(orbit)[..., 0], recognised
 
 
 class Optimized(Canonicalizer):
@@ -172,6 +184,8 @@ class Optimized(Canonicalizer):
         gate: Log-odds that a cloud arrives in its canonical pose already, against any one of the
             proposals; None gives that pose no chance of its own. With a gate the frames are no
             longer exactly equivariant, as it looks at the pose in which the cloud arrived.
+        classes: How many classes the scorer learns to tell apart besides (``Frames.class_logits``):
+            knowing what a thing is helps to see how it stands. None learns poses alone.
         negligible: Of the answers, those that weigh less than this share of the heaviest one get no
             weight at all, and a ``Canonicalized`` does not ask its predictor about them.
 
@@ -194,6 +208,7 @@ class Optimized(Canonicalizer):
         looks: int = 1,
         gate: float | None = None,
         negligible: float = 0.0,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -202,6 +217,7 @@ class Optimized(Canonicalizer):
             ("answers", answers, 1),
             ("points", points, 1),
             ("looks", looks, 1),
+            ("classes", classes, 1),
         ):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; choose at least {least}")
@@ -211,10 +227,15 @@ class Optimized(Canonicalizer):
         self.keep, self.steps, self.answers = keep, steps, answers
         self.points, self.looks, self.gate, self.negligible = points, looks, gate, negligible
         self.scorer_widths, self.scorer_hidden = tuple(scorer_widths), scorer_hidden
-        self.refiner_widths = tuple(refiner_widths)
+        self.refiner_widths, self.classes = tuple(refiner_widths), classes
         self.register_buffer("group", self.proposal.candidate_group, persistent=False)
         self.scorer = OrbitNet(
-            self.group, scorer_widths, scorer_hidden, vectors=VECTORS, tensors=TENSORS
+            self.group,
+            scorer_widths,
+            scorer_hidden,
+            vectors=VECTORS,
+            tensors=TENSORS,
+            classes=classes,
         )
         self.refiner = PoseNet(refiner_widths, outputs=8, vectors=VECTORS, tensors=TENSORS)
         for weight in self.refiner.head[-1].parameters():
@@ -234,6 +255,7 @@ class Optimized(Canonicalizer):
             "looks": self.looks,
             "gate": self.gate,
             "negligible": self.negligible,
+            "classes": self.classes,
         }
 
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
@@ -264,14 +286,15 @@ class Optimized(Canonicalizer):
     def _score(self, proposals: Frames, parts: Sequence[Part]) -> Frames:
         """The proposals weighed by the mean score of the given parts of each surface."""
         poses = proposals.rotations.detach()
-        scores = torch.zeros_like(proposals.log_weights)
-        for surface, mask in parts:
-            lessons = SCORER_LESSONS * surface.shape[0]
-            scores = scores + self.scorer(surface, poses, mask, lessons)[..., 0] / len(parts)
+        lessons = SCORER_LESSONS * poses.shape[0]
+        looks = [self.scorer(surface, poses, mask, lessons) for surface, mask in parts]
+        scores = torch.stack([score for score, _ in looks]).mean(dim=0)
+        classes = [logits for _, logits in looks if logits is not None]
         return Frames.of(
             proposals.rotations,
             proposals.log_weights + scores,
             degenerate=proposals.degenerate,
+            class_logits=torch.stack(classes).mean(dim=0) if classes else None,
         )
 
     def _mend(self, frames: Frames, surface: Tensor, mask: Tensor | None) -> Frames:
@@ -285,6 +308,7 @@ class Optimized(Canonicalizer):
             torch.cat((frames.rotations.detach(), _turned(frames, answer).rotations), dim=1),
             weights.transpose(1, 2).flatten(1),
             degenerate=frames.degenerate,
+            class_logits=frames.class_logits,
         )
 
     def _kept(self, scored: Frames) -> Tensor:

@@ -44,11 +44,11 @@ def run(argv: list[str]) -> int:
         require_writable(folder / "report.html")
     seeds = _seeds(options.seeds)
 
-    given = (options.canonicalizer, options.canonicalizer_options)
+    given = (options.canonicalizer, options.canonicalizer_options, options.vote)
     if options.bare and any(given):
         raise UsageError(
-            "--bare leaves the canonicalizer out: leave out --canonicalizer and its options, or "
-            "--bare"
+            "--bare leaves the canonicalizer out: leave out --canonicalizer, its options and "
+            "--vote, or --bare"
         )
     model = open_model(options.checkpoint, *given)
     if options.bare:
@@ -114,7 +114,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ActionYesNo, ArgumentParser
     from jsonargparse.typing import PositiveInt
 
-    from pointcanon.cli.options import DataOptions, add_canonicalizer, add_computing
+    from pointcanon.cli.options import DataOptions, add_canonicalizer, add_computing, add_vote
 
     parser = ArgumentParser(
         prog="pointcanon eval",
@@ -171,6 +171,7 @@ def _parser() -> ArgumentParser:
         help="draw n clouds, by the first seed, to be asked at 13 angles for the pictures",
     )
     add_canonicalizer(parser, "in front of the predictor, in the place of the checkpoint's own")
+    add_vote(parser)
     parser.add_argument(
         "--bare", action="store_true", help="evaluate the predictor without its canonicalizer"
     )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn, cast, get_args
 
 from torch import nn
 
@@ -28,6 +28,7 @@ __all__ = [
     "add_canonicalizer",
     "add_computing",
     "add_machine",
+    "add_vote",
     "open_canonicalizer",
     "open_checkpoint",
     "open_model",
@@ -196,6 +197,18 @@ def add_canonicalizer(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+def add_vote(parser: argparse.ArgumentParser) -> None:
+    """The option that says how the answers in several frames are joined."""
+    from pointcanon.model import Vote
+
+    parser.add_argument(
+        "--vote",
+        choices=get_args(Vote),
+        help="how what the predictor says in several frames is joined, in place of the "
+        "checkpoint's own way; product heeds what the canonicalizer takes the cloud for as well",
+    )
+
+
 def open_canonicalizer(name: str | Path) -> Canonicalizer:
     """A canonicalizer by its name where it needs no training or has had it, or of a checkpoint.
 
@@ -251,6 +264,7 @@ def open_model(
     path: str | Path,
     canonicalizer: str | Path | None = None,
     canonicalizer_options: str | None = None,
+    vote: str | None = None,
 ) -> Canonicalized:
     """The model in a checkpoint, in eval mode; a predictor alone is put behind no canonicalizer.
 
@@ -258,19 +272,22 @@ def open_model(
         path: As for :func:`open_checkpoint`.
         canonicalizer: As for :func:`open_canonicalizer`, put in the place of the checkpoint's.
         canonicalizer_options: As for :func:`with_options`.
+        vote: In the place of the checkpoint's.
 
     Raises:
         CheckpointError: As for the first two.
-        UsageError: As for the last two.
+        InputError: If the predictor cannot vote so.
+        UsageError: As for the canonicalizer.
     """
     from pointcanon.canonicalizers import Identity
-    from pointcanon.model import RECOMMENDED_VOTE, Canonicalized
+    from pointcanon.model import RECOMMENDED_VOTE, Canonicalized, Vote
 
     model = open_checkpoint(path)
     if not isinstance(model, Canonicalized):
         model = Canonicalized(model, Identity(), RECOMMENDED_VOTE)
     front = model.canonicalizer if canonicalizer is None else open_canonicalizer(canonicalizer)
     front = with_options(front, canonicalizer_options)
-    if front is not model.canonicalizer:
-        model = Canonicalized(model.predictor, front, model.vote)
+    vote = vote or model.vote
+    if front is not model.canonicalizer or vote != model.vote:
+        model = Canonicalized(model.predictor, front, cast(Vote, vote))
     return model.eval()

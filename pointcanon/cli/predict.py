@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pointcanon.cli.options import Parser
+from pointcanon.cli.options import Parser, add_vote
 from pointcanon.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def run(argv: list[str]) -> int:
     from pointcanon.cli.clouds import looks_at_normals
 
     streaming.add_options(parser)
+    add_vote(parser)
     parser.add_argument("--json", type=Path, help="write the lines here, not on standard output")
     parts = parser.add_argument_group("networks that label points")
     parts.add_argument(

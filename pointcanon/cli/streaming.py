@@ -106,7 +106,12 @@ def model_of(options: argparse.Namespace, share: Share) -> Canonicalized:
             way that is not known here.
         UsageError: As for :func:`open_model`, or if there is no such device.
     """
-    model = open_model(options.checkpoint, options.canonicalizer, options.canonicalizer_options)
+    model = open_model(
+        options.checkpoint,
+        options.canonicalizer,
+        options.canonicalizer_options,
+        vars(options).get("vote"),  # only where something is predicted
+    )
     in_unit_ball(model)
     return model.to(pick_device(options.device, share.local_rank))
 
