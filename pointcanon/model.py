@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -74,7 +75,8 @@ class Canonicalized(nn.Module):
             averaging). With one frame all but ``"product"`` leave the output as it is.
 
     Raises:
-        InputError: On any other vote, or ``"product"`` for a network that labels parts.
+        InputError: On any other vote, or ``"product"`` for a network that labels parts or knows
+            other classes than the canonicalizer.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class Canonicalized(nn.Module):
                 f"vote is 'product', and {type(predictor).__name__} labels parts, which no "
                 f"canonicalizer knows: choose {RECOMMENDED_VOTE!r}"
             )
+        if vote == "product":
+            _check_classes(predictor, canonicalizer)
         self.predictor = predictor
         self.canonicalizer = canonicalizer
         for part in canonicalizer.modules():
@@ -329,6 +333,7 @@ def load(path: str | Path) -> Canonicalized:
             f"{path} holds a {card.kind}, not a canonicalized model; "
             "load it with pointcanon.predictors.load"
         )
+    module.canonicalizer.class_names = card.classes
     for part in (module, module.predictor):  # the predictor may be put behind another frame
         for name in TRAINED_ON:
             setattr(part, name, getattr(card, name))
@@ -344,6 +349,20 @@ def _common_frame(predictor: nn.Module, canonicalizer: Canonicalizer) -> str | N
     raise InputError(
         f"the canonicalizer turns clouds upright in the frame {theirs}, and the predictor was "
         f"trained in {ours}: train a canonicalizer on clouds in {ours}"
+    )
+
+
+def _check_classes(predictor: nn.Module, canonicalizer: Canonicalizer) -> None:
+    """Refuse to multiply what two networks say of classes that have other names."""
+    ours: Sequence[str] | None = getattr(predictor, "classes", None)
+    theirs = canonicalizer.class_names
+    if ours is None or theirs is None or list(ours) == list(theirs):
+        return
+    place = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if pair[0] != pair[1])
+    names = [repr(names[place]) if place < len(names) else "none" for names in (ours, theirs)]
+    raise InputError(
+        f"vote is 'product', and class {place} is {names[0]} for the predictor, {names[1]} for the "
+        f"canonicalizer: choose {RECOMMENDED_VOTE!r}, or train a canonicalizer on the same classes"
     )
 
 

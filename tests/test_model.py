@@ -105,6 +105,10 @@ def test_the_canonicalizer_has_a_say_in_a_product_vote(answers: int) -> None:
     for stranger, known in zip(strangers, ("7", "no"), strict=True):
         with pytest.raises(InputError, match=rf"knows {known} classes .* tells 5 apart"):
             Canonicalized(whole.predictor, stranger, "product").eval()(points)
+    knowing.class_names = CLASSES[::-1]
+    whole.predictor.classes = CLASSES
+    with pytest.raises(InputError, match="class 0 is 'chair' for the predictor, 'vase' for the"):
+        Canonicalized(whole.predictor, knowing, "product")
     parts = create("pointnet-parts", num_parts=4, num_categories=0)
     with pytest.raises(InputError, match="labels parts"):
         Canonicalized(parts, knowing, "product")

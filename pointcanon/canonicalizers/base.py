@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,9 @@ class Canonicalizer(nn.Module, ABC):
 
     coordinate_frame: str | None = None
     """Name of the frame in which canonical poses stand upright, of a trained one where known."""
+
+    class_names: Sequence[str] | None = None
+    """Of the classes in ``Frames.class_logits``, of a trained one where known."""
 
     def forward(
         self, points: Tensor, mask: Tensor | None = None, normals: Tensor | None = None
@@ -133,6 +136,7 @@ class Canonicalizer(nn.Module, ABC):
             raise InputError(f"{error}; that takes a training of its own") from error
         changed.load_state_dict(state, assign=True)  # in the dtype that they have
         changed.coordinate_frame = self.coordinate_frame
+        changed.class_names = self.class_names
         trainable = dict(self.named_parameters(remove_duplicate=False))
         for name, weight in changed.named_parameters(remove_duplicate=False):
             weight.requires_grad_(trainable[name].requires_grad)

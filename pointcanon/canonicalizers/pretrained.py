@@ -20,7 +20,8 @@ on the same clouds in the same pose."""
 def load(name: str | Path) -> Canonicalizer:
     """A trained canonicalizer in eval mode: one of :data:`PRETRAINED`, or that of a checkpoint.
 
-    Its ``coordinate_frame`` says in which frame canonical poses are upright and aligned.
+    Its ``coordinate_frame`` says in which frame canonical poses are upright and aligned, and its
+    ``class_names`` which classes it tells apart, if it does.
 
     Raises:
         CheckpointError: If there is no such name or file, or the file holds no canonicalizer.
@@ -34,4 +35,5 @@ def load(name: str | Path) -> Canonicalizer:
     if not isinstance(canonicalizer, Canonicalizer):
         raise CheckpointError(f"{path} holds a {card.kind} and no canonicalizer")
     canonicalizer.coordinate_frame = card.coordinate_frame
+    canonicalizer.class_names = card.classes
     return canonicalizer
