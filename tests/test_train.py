@@ -84,7 +84,11 @@ def test_a_canonicalizer_recipe_leaves_the_predictor_as_it_was(
 
 def test_a_canonicalizer_is_chosen_by_its_name(predictor: Path, tmp_path: Path) -> None:
     options = [*TINY, f"--model.predictor={predictor}", "--model.canonicalizer=VectorNeuron"]
-    options += ["--model.canonicalizer.k=4", "--model.refinement_weight=0"]
+    options += [
+        "--model.canonicalizer.k=4",
+        "--model.refinement_weight=0",
+        "--model.class_weight=0",
+    ]
     folder = _train("shapes-pointnet-canonicalizer", tmp_path, *options)
     model = pc.load(folder / "best.safetensors")
     assert isinstance(model.canonicalizer, pc.canonicalizers.VectorNeuron)

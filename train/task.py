@@ -190,9 +190,9 @@ class CloudTask(lightning.LightningModule):
         if class_weight > 0 and told_apart != len(dataset.classes):
             raise UsageError(
                 f"class_weight needs a canonicalizer that learns {len(dataset.classes)} classes, "
-                f"as {dataset.name} has, and this one learns {told_apart or 'none'}: "
-                "--model.canonicalizer pointcanon.canonicalizers.Optimized "
-                f"--model.canonicalizer.classes {len(dataset.classes)}"
+                f"as {dataset.name} has, and this one learns {told_apart or 'none'}: give "
+                f"--model.canonicalizer.classes {len(dataset.classes)} (Optimized), or for another "
+                "canonicalizer --model.class_weight 0"
             )
         self.protocol = _protocol(protocol)
         self.augmentation = find_augmentation(augmentation)
