@@ -13,7 +13,7 @@ __all__ = ["PRETRAINED", "load"]
 _FOLDER = Path(__file__).parent / "weights"
 
 PRETRAINED: dict[str, Path] = {path.stem: path for path in sorted(_FOLDER.glob("*.safetensors"))}
-"""Trained canonicalizers by name. Taught by poses alone, each serves any predictor that was trained
+"""Trained canonicalizers by name. Taught without a predictor, each serves any that was trained
 on the same clouds in the same pose."""
 
 
