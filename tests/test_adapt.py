@@ -14,9 +14,12 @@ import pointcanon as pc
 from pointcanon import checkpoint
 from pointcanon.canonicalizers import Optimized
 from pointcanon.cli import main
+from pointcanon.datasets import UNLABELLED
 from pointcanon.errors import CheckpointError, InputError
+from pointcanon.predictors import Predictor
+from pointcanon.predictors.recognise import recognise
 from pointcanon.testing import assert_invariant, generic_clouds
-from pointcanon.train.adapt import Adapted, PoseTask, _of_one_size, _rate
+from pointcanon.train.adapt import Adapted, PoseTask, _classifier, _of_one_size, _rate
 
 
 class Corner(nn.Module):
@@ -142,14 +145,77 @@ def test_labels_serve_the_report_alone(corners: tuple[Tensor, Tensor]) -> None:
     assert models[1].report.alone.score["I"] == 0
 
 
+def pose_task(canonicalizer: Optimized, **options: Any) -> PoseTask:
+    given: dict[str, Any] = {"learning_rate": 1e-3, "minutes": None, "seed": 0, **options}
+    task = PoseTask(canonicalizer, pc.priors.Aligned(), torch.tensor([0.0, 0.0, 1.0]), **given)
+    task.log = lambda *_, **__: None  # type: ignore[method-assign]
+    return task
+
+
+class Silent(Corner):
+    """Has no answer for a cloud with a point far out."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        far = points.abs().amax(dim=(1, 2)) > 1e2
+        return super().forward(points).masked_fill(far[:, None], torch.nan)
+
+
+def _corner(network: Corner | None = None) -> Predictor:
+    found = recognise(network or Corner(), torch.rand(9, 3))
+    assert isinstance(found, Predictor)
+    return found
+
+
+def step(task: PoseTask, batch: dict[str, Tensor]) -> Tensor:
+    torch.manual_seed(0)
+    return task.training_step(batch, 0)
+
+
+def things(points: Tensor) -> Tensor:
+    """Clouds that lean to x and to z by turns, as ``Corner`` sees it."""
+    made = points.clone()
+    made[::2] *= torch.tensor([0.5, 1.0, 4.0])
+    return made
+
+
 def test_the_network_teaches_its_classes(corners: tuple[Tensor, Tensor]) -> None:
-    points = corners[0][:24].clone()
-    points[::2] *= torch.tensor([0.5, 1.0, 4.0])  # two things
-    options: dict[str, Any] = {"epochs": 8, "batch_size": 4, "learning_rate": 1e-2}
-    model = pc.adapt(Corner(), points, canonicalizer=small(6), progress=False, **options)
-    found = model.canonicalizer(points).class_logits
-    assert found is not None
-    assert torch.equal(found.argmax(dim=1), Corner()(points).argmax(dim=1))
+    points = things(corners[0][:8])
+    classify = _classifier(_corner(), small(6), torch.float32)
+    assert classify is not None
+    batch = {"points": points, "index": torch.arange(8)}
+    classes = classify(batch)
+    assert torch.equal(classes, Corner()(points).argmax(dim=1))
+    assert set(classes.tolist()) == {0, 2}
+    canonicalizer, seen = small(6).train(), []
+    canonicalizer.register_forward_hook(lambda _, __, frames: seen.append(frames.class_logits))
+    taught = step(pose_task(canonicalizer, classify=classify), batch)
+    poses = step(pose_task(canonicalizer), batch)
+    wrong = torch.nn.functional.cross_entropy(seen[0], classes)
+    torch.testing.assert_close(taught, poses + 0.3 * wrong)
+
+
+def test_a_cloud_without_an_answer_teaches_its_pose(corners: tuple[Tensor, Tensor]) -> None:
+    points = things(corners[0][:8])
+    points[3, 0] = 1e3  # the network says nan
+    points[7, 0] = 1e3
+    classify = _classifier(_corner(Silent()), small(6), torch.float32)
+    assert classify is not None
+    found = classify({"points": points})
+    expected = Corner()(points).argmax(dim=1)
+    expected[[3, 7]] = UNLABELLED
+    assert torch.equal(found, expected)
+    none = pose_task(small(6), classify=lambda batch: torch.full((8,), UNLABELLED))
+    batch = {"points": points, "index": torch.arange(8)}
+    assert step(none, batch) == step(pose_task(small(6)), batch)
+
+
+def test_adapt_teaches_the_classes(corners: tuple[Tensor, Tensor]) -> None:
+    def head(epochs: int) -> Tensor:
+        options: dict[str, Any] = {"epochs": epochs, "batch_size": 4, "progress": False}
+        model = pc.adapt(Corner(), corners[0][:12], canonicalizer=small(6), **options)
+        return model.canonicalizer.scorer.recognise[0].weight  # type: ignore[union-attr]
+
+    assert not torch.equal(head(1), small(6).scorer.recognise[0].weight)
 
 
 def test_the_network_is_asked_once_about_each_cloud() -> None:
@@ -159,9 +225,7 @@ def test_the_network_is_asked_once_about_each_cloud() -> None:
         asked.extend(batch["index"].tolist())
         return 10 * batch["index"]
 
-    prior, up = pc.priors.Aligned(), torch.tensor([0.0, 0.0, 1.0])
-    options: dict[str, Any] = {"learning_rate": 1e-3, "minutes": None, "seed": 0}
-    task = PoseTask(small(), prior, up, classify=classify, **options)
+    task = pose_task(small(), classify=classify)
     for index in ([0, 2], [3, 1], [1, 0], [2, 3]):
         classes = task._classes({"index": torch.tensor(index)})
         assert classes is not None

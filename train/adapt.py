@@ -25,11 +25,12 @@ from torchmetrics import MeanMetric
 
 from pointcanon.canonicalizers import Canonicalizer, Identity, Optimized
 from pointcanon.coordinates import CoordinateFrame
+from pointcanon.datasets import UNLABELLED
 from pointcanon.datasets.augment import AUGMENTATIONS
 from pointcanon.datasets.collate import collate
 from pointcanon.datasets.given import GivenClouds
 from pointcanon.datasets.split import stratified_split
-from pointcanon.errors import InputError
+from pointcanon.errors import InputError, NotFiniteError
 from pointcanon.eval.audit import Audit, audit, meet
 from pointcanon.eval.protocols import pose_rotations, random_pose
 from pointcanon.losses import Refines, prior_loss, refinement_loss
@@ -135,8 +136,9 @@ def adapt(
     The network is frozen. The canonicalizer learns from the poses of the clouds, so they must stand
     as those did that the network was trained on; and, of a classifier, to tell the classes apart as
     the network does, which is asked once about each cloud as it comes: knowing what a thing is
-    helps to see how it stands. Labels serve the report only; without them it compares with what the
-    network says of the clouds as they come.
+    helps to see how it stands. A cloud for which it has no finite answer teaches its pose alone.
+    Labels serve the report only; without them it compares with what the network says of the clouds
+    as they come.
     The clouds that are held out decide which weights are kept, and the report is about them; use
     :func:`pointcanon.audit` for clouds that neither network has seen.
 
@@ -248,8 +250,19 @@ def _classifier(
     model = Canonicalized(network, Identity())
 
     def classify(batch: dict[str, Tensor]) -> Tensor:
-        normals = batch["normals"].to(dtype) if "normals" in batch else None
-        return model.predict(batch["points"].to(dtype), batch.get("mask"), normals).labels
+        points, *others = (batch.get(key) for key in ("points", "mask", "normals"))
+        assert points is not None
+        labels = torch.full((len(points),), UNLABELLED, device=points.device)
+        asked = torch.arange(len(points), device=points.device)
+        while len(asked):
+            mask, normals = (None if other is None else other[asked] for other in others)
+            normals = None if normals is None else normals.to(dtype)
+            try:
+                labels[asked] = model.predict(points[asked].to(dtype), mask, normals).labels
+                break
+            except NotFiniteError as error:  # that cloud teaches its pose alone
+                asked = torch.cat((asked[: error.cloud], asked[error.cloud + 1 :]))
+        return labels
 
     return classify
 
@@ -271,8 +284,9 @@ class PoseTask(lightning.LightningModule):
         canonicalizer: Learns.
         prior: Over the poses of the clouds.
         up_axis: ``(3,)``, of the clouds.
-        classify: Says of a batch of clouds as they come what they are, ``(B,)``, for canonicalizers
-            that learn the classes as well. It is asked once about each cloud.
+        classify: Says of a batch of clouds as they come what they are, ``(B,)`` with ``UNLABELLED``
+            for those that teach their pose alone, for canonicalizers that learn the classes as
+            well. It is asked once about each cloud.
         learning_rate: At its highest.
         minutes: After which it will be stopped.
         seed: Of everything random in a step.
@@ -331,7 +345,10 @@ class PoseTask(lightning.LightningModule):
             loss = loss + REFINEMENT_WEIGHT * refinement_loss(refines, points, self.prior, turn)
         if classes is not None:
             assert frames.class_logits is not None
-            loss = loss + CLASS_WEIGHT * functional.cross_entropy(frames.class_logits, classes)
+            wrong = functional.cross_entropy(
+                frames.class_logits, classes, ignore_index=UNLABELLED, reduction="sum"
+            )
+            loss = loss + CLASS_WEIGHT * wrong / len(classes)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(points))
         return loss
 
