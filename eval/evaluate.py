@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as processes
 from torch.utils.data import DataLoader
 
-from pointcanon.canonicalizers import Identity
+from pointcanon.canonicalizers import Canonicalizer, Identity
 from pointcanon.coordinates import coordinate_frame
 from pointcanon.datasets import CloudDataset, PartDataset
 from pointcanon.datasets.collate import collate
@@ -99,6 +99,8 @@ class FrameQuality:
             the data's own pose, which says something where the data are aligned.
         up_within_10_deg: Share of clouds whose up axis is found within 10 degrees.
         degenerate: Share of clouds that do not determine a frame.
+        recognised: Share of clouds whose class the canonicalizer itself tells
+            (``Frames.class_logits``); None where it knows none, or others than the data set's.
     """
 
     count: int
@@ -106,6 +108,7 @@ class FrameQuality:
     median_error_deg: float
     up_within_10_deg: float
     degenerate: float
+    recognised: float | None = None
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,12 @@ def evaluate(
         trials=walk.tally.trials(len(seeds)),
         bare=walk.bare.trials(len(seeds)) if walk.bare else None,
         invariance=_invariance(walk, turns[:, chosen]) if seeds else None,
-        frames=_frame_quality(found, turns[:, chosen], dataset.coordinate_frame.up_axis),
+        frames=_frame_quality(
+            found,
+            turns[:, chosen],
+            dataset.coordinate_frame.up_axis,
+            _recognised(model.canonicalizer, found, dataset, chosen),
+        ),
         timing=_timing(found, like.device, batch_size),
         versions=_versions(),
     )
@@ -377,13 +385,16 @@ class _Found(NamedTuple):
     """The frames of n clouds in P poses, of one batch or of all, and what it took.
 
     ``rotation (P, n, 3, 3)`` float64, ``degenerate (P, n)``, ``voters (P, n)`` among the so many
-    frames, and by batch and pose the seconds per cloud of the two halves of the model.
+    frames, ``opinions (P, n)``, the class that the canonicalizer itself would choose of so many, 0
+    where it knows none, and by batch and pose the seconds per cloud of the two halves of the model.
     """
 
     rotation: Tensor
     degenerate: Tensor
     voters: Tensor
+    opinions: Tensor
     frames: int
+    classes: int
     seconds: list[tuple[float, float]]
 
 
@@ -425,6 +436,7 @@ def _of_all_processes(walk: _Walk) -> _Walk:
         rotation=found.rotation[:, order],
         degenerate=found.degenerate[:, order],
         voters=found.voters[:, order],
+        opinions=found.opinions[:, order],
     )
     return _Walk(first.tally, first.bare, found, numbers, set().union(*(w.sizes for w in walks)))
 
@@ -556,8 +568,12 @@ def _ask(
     require_finite(answer, batch)
     seconds = (posed - started) / len(points), (done - posed) / len(points)
     rotation = frames.best().rotations[:, 0].double().cpu()
-    given = frames.degenerate.cpu(), frames.voters.cpu()
-    return answer, _Found(rotation, *given, frames.count, [seconds])
+    logits = frames.class_logits
+    logits = points.new_zeros(len(points), 0) if logits is None else logits
+    classes = logits.shape[1]
+    opinions = logits.argmax(dim=1) if classes else torch.zeros_like(cloud["label"])
+    given = frames.degenerate.cpu(), frames.voters.cpu(), opinions.cpu()
+    return answer, _Found(rotation, *given, frames.count, classes, [seconds])
 
 
 @contextmanager
@@ -594,7 +610,9 @@ def _joined(found: Sequence[_Found], join: Callable[[list[Tensor]], Tensor]) -> 
         join([frames.rotation for frames in found]),
         join([frames.degenerate for frames in found]),
         join([frames.voters for frames in found]),
+        join([frames.opinions for frames in found]),
         found[0].frames,
+        found[0].classes,
         [seconds for frames in found for seconds in frames.seconds],
     )
 
@@ -612,9 +630,27 @@ def _invariance(walk: _Walk, applied: Tensor) -> Invariance:
     return Invariance(walk.tally.flips(), angles)
 
 
-def _frame_quality(found: _Found, applied: Tensor, up: Tensor) -> FrameQuality:
+def _judged(poses: int) -> slice:
+    """Those of the seeds among all poses, or the only one."""
+    return slice(1, -1) if poses > 1 else slice(None)
+
+
+def _recognised(
+    canonicalizer: Canonicalizer, found: _Found, dataset: CloudDataset, chosen: Sequence[int]
+) -> float | None:
+    """Share of clouds whose class the canonicalizer itself tells, if these are its classes."""
+    names = canonicalizer.class_names
+    if found.classes != len(dataset.classes) or list(names or dataset.classes) != dataset.classes:
+        return None
+    labels = torch.as_tensor(dataset.labels)[chosen]
+    return (found.opinions[_judged(len(found.opinions))] == labels).double().mean().item()
+
+
+def _frame_quality(
+    found: _Found, applied: Tensor, up: Tensor, recognised: float | None
+) -> FrameQuality:
     """Over the seeds' poses, or the only one."""
-    poses = slice(1, -1) if len(applied) > 1 else slice(None)
+    poses = _judged(len(applied))
     rotation, applied = found.rotation[poses], applied[poses]
     error = geodesic_angle(rotation, applied).rad2deg()
     # vectors of unit length: the half-angle form is accurate near zero, where arccos is not
@@ -626,6 +662,7 @@ def _frame_quality(found: _Found, applied: Tensor, up: Tensor) -> FrameQuality:
         median_error_deg=error.median().item(),
         up_within_10_deg=(tilt <= UPRIGHT_DEGREES).double().mean().item(),
         degenerate=found.degenerate[poses].double().mean().item(),
+        recognised=recognised,
     )
 
 

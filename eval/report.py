@@ -249,6 +249,10 @@ def findings(evaluation: Evaluation) -> list[tuple[str, str]]:
         )
         lines.append(("pose", text))
         lines.append(("degenerate clouds", f"{100 * frames.degenerate:.2f} %"))
+    if frames.recognised is not None:
+        lines.append(
+            ("canonicalizer alone", f"tells {_percent(frames.recognised)} % of the classes")
+        )
     parts = f"{timing.canonicalizer_ms:.2f} canonicalizer + {timing.predictor_ms:.2f} predictor"
     passes = "1 pass" if frames.passes == 1 else f"{frames.passes:.3g} passes"
     threads = "1 thread" if timing.threads == 1 else f"{timing.threads} threads"

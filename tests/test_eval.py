@@ -11,6 +11,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pointcanon.datasets import CloudItem
 from pointcanon.errors import CheckpointError, DataError, InputError, UsageError
 from pointcanon.eval.evaluate import AGAIN_SEED, Evaluation, chosen_clouds, evaluate
 from pointcanon.eval.protocols import POSES, Protocol, pose_rotations, protocol, random_pose
-from pointcanon.eval.report import render, to_json, write_json
+from pointcanon.eval.report import findings, render, to_json, write_json
 from pointcanon.frames import Frames
 from pointcanon.model import Canonicalized
 
@@ -90,6 +91,14 @@ class Marked(Canonicalizer):
         vectors = torch.stack((points[:, 0] - points[:, 1], points[:, 2] - points[:, 3]), dim=-1)
         found = rotations.gram_schmidt(vectors)
         return Frames.of(found, degenerate=rotations.near_singular(vectors, 1.0))
+
+
+class Knowing(Marked):
+    """Takes every cloud for the first class."""
+
+    def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
+        frames = super().propose(points, mask, normals)
+        return replace(frames, class_logits=torch.eye(4)[0].expand(len(points), 4))
 
 
 class QuarterTurn(Canonicalizer):
@@ -235,6 +244,23 @@ def test_an_exact_canonicalizer_costs_and_loses_nothing(boxes: Boxes) -> None:
     assert found.bare is not None
     assert found.bare.aligned == found.trials.aligned
     assert found.bare.mean.overall_accuracy < found.trials.mean.overall_accuracy
+
+
+@pytest.mark.parametrize("test_protocol", ["I/I", "I/SO3"])
+def test_what_the_canonicalizer_itself_tells(boxes: Boxes, test_protocol: str) -> None:
+    knowing = Knowing()
+    found = evaluate(Canonicalized(Longest(), knowing), boxes, test_protocol, limit=6)
+    right = [LABELS[index] == 0 for index in chosen_clouds(boxes, 6)]
+    assert found.frames.recognised == pytest.approx(sum(right) / 6)
+    assert 0 < sum(right) < 6
+    lines = dict(findings(found))
+    assert lines["canonicalizer alone"] == f"tells {100 * sum(right) / 6:.1f} % of the classes"
+    knowing.class_names = CLASSES[::-1]
+    found = evaluate(Canonicalized(Longest(), knowing), boxes, test_protocol)
+    assert found.frames.recognised is None
+    assert "canonicalizer alone" not in dict(findings(found))
+    found = evaluate(Canonicalized(Longest(), Marked()), boxes, test_protocol)
+    assert found.frames.recognised is None
 
 
 def test_the_aligned_tax_is_what_is_lost_upright(boxes: Boxes) -> None:
