@@ -19,6 +19,7 @@ from pointcanon import readers
 from pointcanon.cli import printable
 from pointcanon.coordinates import convert
 from pointcanon.errors import CheckpointError, DataError, InputError, UsageError
+from pointcanon.outliers import inliers
 
 __all__ = [
     "Item",
@@ -79,6 +80,7 @@ class Preparation:
         normals: Whether the model looks at normals.
         samples: Points drawn on the surface of a mesh.
         whole: Whether the cloud is needed afterwards.
+        drop_outliers: Whether points that belong to no surface are left out before all else.
     """
 
     num_points: int | None
@@ -87,22 +89,25 @@ class Preparation:
     normals: bool
     samples: int = 2048
     whole: bool = False
+    drop_outliers: bool = False
 
     def __call__(self, item: Item, cloud: readers.Cloud) -> Item:
         if self.normals and cloud.normals is None:
             raise DataError(f"{item.name} has no normals, which the network looks at")
-        points = cloud.points.astype(np.float64)
+        points, seen = cloud.points.astype(np.float64), cloud.normals if self.normals else None
         with np.errstate(over="ignore", invalid="ignore"):
-            centre = points.mean(axis=0)
-            scale = np.linalg.norm(points - centre, axis=1).max() if self.unit_ball else 1.0
             reach = np.float32(np.abs(points).sum())  # which bounds their mean and differences
-        if not np.isfinite(reach) or not np.isfinite(scale):
+        if not np.isfinite(reach):
             raise DataError(f"{item.name} has coordinates beyond the range of float32")
+        if self.drop_outliers:
+            kept = inliers(torch.from_numpy(points)[None])[0].numpy()
+            points, seen = points[kept], None if seen is None else seen[kept]
+        centre = points.mean(axis=0)
+        scale = np.linalg.norm(points - centre, axis=1).max() if self.unit_ball else 1.0
         scale = float(scale) or 1.0
         if self.unit_ball:
             points = (points - centre) / scale
         rows = _drawn(len(points), self.num_points)
-        seen = cloud.normals if self.normals else None
         return replace(
             item,
             points=self._turned(points[rows]),

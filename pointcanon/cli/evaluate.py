@@ -10,6 +10,9 @@ from pointcanon.errors import UsageError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from pointcanon.datasets import CloudDataset
+    from pointcanon.eval.evaluate import Evaluation
+
 __all__ = ["run"]
 
 
@@ -19,13 +22,12 @@ def run(argv: list[str]) -> int:
     Raises:
         PointcanonError: On arguments, files or data that cannot be used.
     """
-    from functools import partial
-
     from rich.console import Console
 
     from pointcanon.canonicalizers import Identity
     from pointcanon.cli.options import DataOptions, open_model, parse, pick_device
     from pointcanon.cli.streaming import Share
+    from pointcanon.datasets.without_outliers import WithoutOutliers
     from pointcanon.eval import corruptions
     from pointcanon.eval.corruption_pictures import corruption_curves
     from pointcanon.eval.evaluate import evaluate
@@ -59,21 +61,29 @@ def run(argv: list[str]) -> int:
     names = options.corruptions and corruptions.corruption_names(options.corruptions, dataset)
     if names and model.segments:
         raise UsageError("--corruptions is for classifiers: leave it out")
+    if options.drop_outliers and model.segments:
+        raise UsageError("--drop_outliers is for classifiers: a stray has a part as well")
     share = Share.from_environment()
-    measure = partial(
-        evaluate,
-        model,
-        protocol=chosen,
-        seeds=seeds,
-        batch_size=options.batch_size,
-        device=pick_device(options.device, share.local_rank),
-        num_workers=options.num_workers,
-        limit=options.limit,
-        restricted=options.restricted,
-        max_points=options.max_points,
-        distributed=share.world > 1,
-        progress=share.rank == 0,
-    )
+
+    def as_asked(clouds: CloudDataset) -> CloudDataset:
+        return WithoutOutliers(clouds) if options.drop_outliers else clouds
+
+    def measure(clouds: CloudDataset) -> Evaluation:
+        return evaluate(
+            model,
+            as_asked(clouds),
+            chosen,
+            seeds=seeds,
+            batch_size=options.batch_size,
+            device=pick_device(options.device, share.local_rank),
+            num_workers=options.num_workers,
+            limit=options.limit,
+            restricted=options.restricted,
+            max_points=options.max_points,
+            distributed=share.world > 1,
+            progress=share.rank == 0,
+        )
+
     with share.together():
         evaluation = measure(dataset)
         if share.rank == 0:
@@ -95,7 +105,7 @@ def run(argv: list[str]) -> int:
     if folder is not None:
         *pictures, page = write_pictures(
             model,
-            dataset,
+            as_asked(dataset),
             evaluation,
             folder,
             clouds=options.picture_clouds,
@@ -155,6 +165,11 @@ def _parser() -> ArgumentParser:
         default=None,
         help="all, or names separated by commas: accuracy on clouds corrupted so as well, at five "
         "severities; with --limit 500 an affordable estimate on a CPU",
+    )
+    parser.add_argument(
+        "--drop_outliers",
+        action="store_true",
+        help="leave out points whose neighbours are far away, after any corruption",
     )
     parser.add_argument("--json", type=Path | None, default=None, help="write the figures here")
     parser.add_argument(

@@ -127,6 +127,11 @@ class _Parts:
         from pointcanon.cli.streaming import points_seen
         from pointcanon.predictors import PartPredictor
 
+        if options.drop_outliers:
+            raise UsageError(
+                "--drop_outliers is for networks that label clouds: leave it out, "
+                f"{options.checkpoint} labels every point"
+            )
         network = model.predictor
         assert isinstance(network, PartPredictor)
         self._model, self._options = model, options

@@ -66,6 +66,11 @@ def add_options(parser: Parser) -> None:
         "--coordinate_frame",
         help="the frame of the files (z-up, y-up or y-up-mirrored), if it is not the checkpoint's",
     )
+    parser.add_argument(
+        "--drop_outliers",
+        action="store_true",
+        help="leave out points whose neighbours are far away, before anything looks at the cloud",
+    )
     parser.add_argument("--batch_size", type=_positive, default=32, help="clouds at once")
     parser.add_argument("--num_workers", type=_natural, default=0, help="processes that read files")
     parser.add_argument("--device", help="such as cpu or cuda; cuda where there is one")
@@ -323,6 +328,7 @@ def stream(
             normals,
             samples=max(2048, points_seen(options, model) or 0),
             whole=whole,
+            drop_outliers=options.drop_outliers,
         )
         files = list(readers.find(options.paths))[share.rank :: share.world]
         files = [file for file in files if None not in lines.done.get(file, ())]
