@@ -31,7 +31,7 @@ import torch
 
 from pointcanon.classes import MODELNET10_CLASSES, MODELNET40_CLASSES
 from pointcanon.clouds import normalise
-from pointcanon.datasets.stored import h5_file
+from pointcanon.datasets.stored import h5_file, whole_numbers
 from pointcanon.errors import DataError, InputError
 from pointcanon.files import atomic_write
 from pointcanon.readers.arrays import npz_array
@@ -181,15 +181,15 @@ class H5Layout(Layout):
 
     def refs(self, path: Path) -> list[Ref]:
         with _h5_file(path) as file:
-            labels = file["label"][...].reshape(-1).astype(np.int64)
-        outside = np.flatnonzero((labels < 0) | (labels >= len(self._order)))
+            labels = file["label"][...].reshape(-1)
+        outside = np.flatnonzero(~whole_numbers(labels, len(self._order)))
         if len(outside):
             row = int(outside[0])
             raise DataError(
                 f"{path}: label {labels[row]} of row {row} is outside the "
                 f"{len(self._order)} classes of {self.folder / 'shape_names.txt'}"
             )
-        return [Ref(path, row, self._order[label]) for row, label in enumerate(labels)]
+        return [Ref(path, row, self._order[int(label)]) for row, label in enumerate(labels)]
 
     def require(self, path: Path, num_points: int, normals: bool) -> None:
         with _h5_file(path) as file:

@@ -33,7 +33,7 @@ from torch import Tensor
 from pointcanon import checkpoint
 from pointcanon.classes import SHAPENET_PART_CATEGORIES, SHAPENET_PART_PARTS, part_ranges
 from pointcanon.datasets.modelnet_layouts import Ref
-from pointcanon.datasets.stored import h5_file
+from pointcanon.datasets.stored import h5_file, whole_numbers
 from pointcanon.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -250,15 +250,17 @@ def _read_rows(path: Path) -> np.ndarray:
     try:
         rows = np.loadtxt(lines, dtype=np.float32, ndmin=2, comments=None)
     except ValueError:
-        raise _row_fault(path, lines) from None
+        raise _row_fault(path, text) from None
     if rows.shape[1] != 7 or not np.isfinite(rows).all() or np.any(rows[:, 6] % 1):
-        raise _row_fault(path, lines)
+        raise _row_fault(path, text)
     return rows
 
 
-def _row_fault(path: Path, lines: list[str]) -> DataError:
+def _row_fault(path: Path, text: str) -> DataError:
     """Which row it is that cannot be used; looked for only once one is known to be there."""
-    for row, line in enumerate(lines, start=1):
+    for row, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             values = np.array(line.split(), dtype=np.float32)
         except ValueError:
@@ -321,15 +323,15 @@ class H5Layout(PartLayout):
 
     def refs(self, path: Path) -> list[Ref]:
         with _h5_file(path) as file:
-            labels = file["label"][...].reshape(-1).astype(np.int64)
-        outside = np.flatnonzero((labels < 0) | (labels >= len(self.classes)))
+            labels = file["label"][...].reshape(-1)
+        outside = np.flatnonzero(~whole_numbers(labels, len(self.classes)))
         if len(outside):
             row = int(outside[0])
             raise DataError(
                 f"{path}: label {labels[row]} of row {row} is outside the {len(self.classes)} "
                 "categories of ShapeNet-Part"
             )
-        return [Ref(path, row, self.classes[label]) for row, label in enumerate(labels)]
+        return [Ref(path, row, self.classes[int(label)]) for row, label in enumerate(labels)]
 
     def stored(self, ref: Ref, normals: bool) -> PartCloud:
         if ref.path in self._decoded:
@@ -345,8 +347,15 @@ class H5Layout(PartLayout):
                 "the txt layout"
             )
         cloud = {key: values if row is None else values[row] for key, values in held.items()}
-        parts = cloud["parts"].astype(np.int64)
-        return PartCloud(cloud["data"], parts, cloud["normal"] if normals else None)
+        parts = cloud["parts"]
+        broken = np.flatnonzero(parts != np.round(parts))
+        if len(broken):
+            point = int(broken[0])
+            raise DataError(
+                f"{ref}: point {point} is labelled {parts[point]}, which is no whole number"
+            )
+        normal = cloud["normal"] if normals else None
+        return PartCloud(cloud["data"], parts.astype(np.int64), normal)
 
     def _fits(self, path: Path) -> bool:
         with _h5_file(path) as file:

@@ -18,7 +18,7 @@ from pointcanon.readers.arrays import h5_dataset
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["class_labels", "finite_points", "h5_file", "report_missing"]
+__all__ = ["class_labels", "finite_points", "h5_file", "report_missing", "whole_numbers"]
 
 
 @contextmanager
@@ -76,11 +76,16 @@ def class_labels(path: Path, values: np.ndarray, clouds: int, classes: int) -> n
     """
     _require_label_each(path, values.shape, clouds)
     labels = values.reshape(-1)
-    known = (labels >= 0) & (labels < classes) & (labels == np.round(labels))
+    known = whole_numbers(labels, classes)
     if not known.all():
         row = int(np.flatnonzero(~known)[0])
         raise DataError(f"{path}: label {labels[row]} of row {row} is none of 0 to {classes - 1}")
     return labels.astype(np.int64)
+
+
+def whole_numbers(values: np.ndarray, count: int) -> np.ndarray:
+    """Which values, of any dtype, are one of 0 to ``count - 1``."""
+    return (values >= 0) & (values < count) & (values == np.round(values))
 
 
 def _require_label_each(path: Path, shape: tuple[int, ...], clouds: int) -> None:

@@ -307,6 +307,7 @@ GOOD = "0 0 0 0 0 1 "
         ("nan 0 0 0 0 1 0", r"test0\.txt, row 3: 'nan"),
         ("0 0 0 0 0 1", r"test0\.txt, row 3: .*x y z nx ny nz part"),
         ("zero 0 0 0 0 1 0", r"test0\.txt, row 3: 'zero"),
+        ("\n\nzero 0 0 0 0 1 0", r"test0\.txt, row 5: 'zero"),
     ],
 )
 def test_a_bad_row_is_named(txt_root: Path, line: str, words: str) -> None:
@@ -372,6 +373,10 @@ def change(root: Path, **values: object) -> None:
     [
         ({"pid": None, "mark": [0]}, r"test0\.h5 has no 'pid' and no 'seg'"),
         ({"label": np.full(32, 16)}, r"test0\.h5: label 16 of row 0 is outside the 16 categories"),
+        ({"label": np.full(32, 0.7)}, r"test0\.h5: label 0\.7 of row 0 is outside the 16 cat"),
+        ({"label": np.full(32, np.nan)}, r"test0\.h5: label nan of row 0 is outside the 16 cat"),
+        ({"pid": np.full((32, 40), 0.6)}, r"test0\.h5\[0\]: point 0 is labelled 0\.6, which is no"),
+        ({"pid": np.full((32, 40), np.nan)}, r"test0\.h5\[0\]: point 0 is labelled nan, which is"),
         ({"label": np.zeros(31)}, r"test0\.h5 holds labels \(31,\) for 32 clouds"),
         ({"pid": np.zeros((32, 39))}, r"'pid' has shape \(32, 39\).*a part is needed for every"),
         ({"data": np.zeros((32, 40, 6))}, r"'data' has shape \(32, 40, 6\), expected"),
