@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pointcanon import priors
 from pointcanon.errors import InputError
-from pointcanon.rotations import product
+from pointcanon.rotations import DEGENERATE_TOLERANCE, product
 
 __all__ = ["Frames"]
 
@@ -201,6 +201,18 @@ class Frames:
     def best(self, count: int = 1) -> Frames:
         """The ``count`` candidates of largest weight, heaviest first (K = count)."""
         return self.select(self.log_weights.topk(min(count, self.count), dim=1).indices)
+
+    @property
+    def contested(self) -> Tensor:
+        """Whether another candidate is as heavy as the heaviest, ``(B,)`` bool.
+
+        Which of them is chosen is then a matter of rounding. So it is with a symmetric cloud, which
+        looks alike in several candidate poses.
+        """
+        if self.count == 1:
+            return torch.zeros_like(self.degenerate)
+        first, second = self.log_weights.detach().topk(2, dim=1).values.unbind(dim=1)
+        return first - second <= DEGENERATE_TOLERANCE[self.rotations.dtype]
 
     def without_negligible(self, share: float) -> Frames:
         """Candidates that weigh less than ``share`` of the heaviest one get no weight at all.

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,17 @@ from pointcanon.datasets import UNLABELLED
 from pointcanon.errors import CheckpointError, InputError
 from pointcanon.predictors import Predictor
 from pointcanon.predictors.recognise import recognise
+from pointcanon.rotations import geodesic_angle
 from pointcanon.testing import assert_invariant, generic_clouds
-from pointcanon.train.adapt import Adapted, PoseTask, _classifier, _of_one_size, _rate
+from pointcanon.train.adapt import (
+    Adapted,
+    PoseTask,
+    _classifier,
+    _of_one_size,
+    _outliers,
+    _pose_loss,
+    _rate,
+)
 
 
 class Corner(nn.Module):
@@ -218,6 +228,60 @@ def test_adapt_teaches_the_classes(corners: tuple[Tensor, Tensor]) -> None:
     assert not torch.equal(head(1), small(6).scorer.recognise[0].weight)
 
 
+FRAMES: dict[str, Any] = {
+    "svd": lambda: pc.canonicalizers.VectorNeuron(k=6, orthonormalise="svd"),
+    "matrix-fisher": lambda: pc.canonicalizers.VectorNeuron(k=6, orthonormalise="matrix-fisher"),
+    "SO2": lambda: pc.canonicalizers.ForGroup(
+        pc.canonicalizers.VectorNeuron(k=6), group="SO2", axis=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_single_frame_is_taught(name: str, corners: tuple[Tensor, Tensor]) -> None:
+    points = corners[0]
+    torch.manual_seed(0)
+    untaught = FRAMES[name]()
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"epochs": 12, "batch_size": 4, "learning_rate": 1e-2}
+    options |= {"prior": pc.priors.Aligned(10.0), "progress": False}
+    model = pc.adapt(Corner(), points, canonicalizer=FRAMES[name](), **options)
+    eye = torch.eye(3)
+    before, after = (
+        geodesic_angle(each.eval()(points).best().rotations[:, 0], eye).median().rad2deg()
+        for each in (untaught, model.canonicalizer)
+    )
+    assert after < 10 < 20 < before
+    losses = [loss for _, loss in model.history.losses]
+    assert min(losses) < losses[0] - 1
+    if name == "matrix-fisher":
+        confidence = model.canonicalizer(points).confidence
+        assert confidence is not None
+        assert confidence.median() > 0.5
+
+
+def test_where_there_is_nothing_to_learn_there_is_a_report(corners: tuple[Tensor, Tensor]) -> None:
+    axes = pc.canonicalizers.PCA(1)
+    model = pc.adapt(Corner(), corners[0][:12], canonicalizer=axes, progress=False)
+    assert model.history.stopped == "nothing to learn"
+    assert (model.history.epochs, model.history.losses) == (0, ())
+    assert model.report.flips == 0
+
+
+def test_embeddings_are_kept_distinct(corners: tuple[Tensor, Tensor]) -> None:
+    canonicalizer = pc.canonicalizers.Contrastive(
+        pc.predictors.create("pointnet", num_classes=8, widths=(8, 8), embedding=8),
+        pc.canonicalizers.PCA(4),
+    )
+    frames = canonicalizer(corners[0][:4])
+    turn = torch.eye(3).expand(4, 3, 3)
+    prior = pc.priors.Aligned(50.0)
+    expected = pc.losses.prior_loss(frames, prior, turn, 0.05)
+    expected = expected + pc.losses.contrastive_loss(frames.embeddings)
+    assert _outliers(frames) == 0.05
+    torch.testing.assert_close(_pose_loss(frames, prior, turn, 0.05), expected)
+
+
 def test_the_network_is_asked_once_about_each_cloud() -> None:
     asked: list[int] = []
 
@@ -313,7 +377,6 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"patience": 0}, "patience is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
-        ({"canonicalizer": pc.canonicalizers.PCA(4)}, "PCA has nothing to learn"),
         ({"labels": [0]}, "1 labels for 60 clouds"),
     ],
 )
@@ -360,6 +423,24 @@ def test_the_command_writes_model_report_and_picture(
     assert saved.training_command == "pointcanon " + " ".join(
         [*command.split(), "--json", "report.json", "--plot", "curve.png"]
     )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["PCA --canonicalizer.poses 4", "VectorNeuron --canonicalizer.k 4", "Search"],
+)
+def test_the_command_takes_any_canonicalizer(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    predictor = pc.predictors.create("pointnet", num_classes=16, embedding=8, widths=[8, 8])
+    checkpoint.save("net.safetensors", predictor, checkpoint.Card(kind="predictor"))
+    np.save("clouds.npy", torch.randn(4, 24, 3).numpy())
+    command = "adapt net.safetensors clouds.npy --epochs 1 --device cpu --out o.safetensors "
+    assert main([*command.split(), "--canonicalizer", *asked.split()]) == 0
+    found = pc.load("o.safetensors").canonicalizer
+    assert type(found).__name__ == asked.split()[0]
+    assert getattr(found, "poses", 4) == 4
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pointcanon import rotations, testing
-from pointcanon.canonicalizers import PCA, Canonicalizer, Contrastive, Orbit, VectorNeuron
+from pointcanon.canonicalizers import (
+    PCA,
+    Canonicalizer,
+    Contrastive,
+    Optimized,
+    Orbit,
+    VectorNeuron,
+)
 from pointcanon.errors import InputError
 from pointcanon.losses import contrastive_loss, prior_loss
 from pointcanon.predictors import PointNet
@@ -121,3 +128,20 @@ def test_bad_options_are_one_clear_error(options: dict[str, Any], message: str) 
 def test_an_answer_of_another_width_is_named() -> None:
     with pytest.raises(InputError, match=r"answered \(48, 6\).*expected \(48, 8\)"):
         Contrastive(Counting(), width=8)(testing.generic_clouds(2, 30))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["Contrastive", "Optimized"])
+def test_a_cloud_that_looks_alike_in_two_poses_is_flagged(name: str, dtype: torch.dtype) -> None:
+    """A twofold axis leaves principal axes as they are, but two of 24 poses show one cloud."""
+    torch.manual_seed(0)
+    canonicalizer: Canonicalizer = Contrastive(PointNet(8, widths=(8, 16), embedding=16))
+    if name == "Optimized":
+        canonicalizer = Optimized(PCA(24), answers=1, scorer_widths=(8, 16), refiner_widths=(8, 16))
+    canonicalizer = canonicalizer.to(dtype).eval()
+    half = testing.generic_clouds(20, 30, dtype=torch.float64)
+    twofold = torch.cat((half, half * torch.tensor([-1.0, -1.0, 1.0])), dim=1)
+    turned = twofold @ rotations.random_rotations(20, dtype=torch.float64).mT
+    assert canonicalizer(turned.to(dtype)).degenerate.all()
+    generic = testing.generic_clouds(20, 60, dtype=dtype)
+    assert not canonicalizer(generic).degenerate.any()

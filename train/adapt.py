@@ -32,8 +32,15 @@ from pointcanon.datasets.given import GivenClouds
 from pointcanon.datasets.split import stratified_split
 from pointcanon.errors import InputError, NotFiniteError
 from pointcanon.eval.audit import Audit, audit, meet
-from pointcanon.eval.protocols import pose_rotations, random_pose
-from pointcanon.losses import Refines, prior_loss, refinement_loss
+from pointcanon.eval.protocols import Pose, pose_rotations, random_pose
+from pointcanon.frames import Frames
+from pointcanon.losses import (
+    Refines,
+    contrastive_loss,
+    matrix_fisher_loss,
+    prior_loss,
+    refinement_loss,
+)
 from pointcanon.model import RECOMMENDED_VOTE, Canonicalized
 from pointcanon.predictors.base import TRAINED_ON, PartPredictor, Predictor
 from pointcanon.priors import Aligned, Mixture, Prior, Upright
@@ -73,7 +80,7 @@ class Training:
     held_out: int
     epochs: int
     seconds: float
-    stopped: Literal["all epochs", "no longer improving", "time is up"]
+    stopped: Literal["all epochs", "no longer improving", "time is up", "nothing to learn"]
     losses: tuple[tuple[int, float], ...]
 
 
@@ -155,8 +162,9 @@ def adapt(
             ``(M, N, 3)``, a list of clouds of different size, or a torch data set. M >= 2.
         labels: ``(M,)`` integers, the classes; for part networks the categories.
         parts: For part networks, the part of each point.
-        canonicalizer: Trained instead of the recommended one, in place. It learns the classes if it
-            is an ``Optimized`` with as many ``classes`` as the network.
+        canonicalizer: Trained instead of the recommended one, in place, where it has anything to
+            learn. It learns the classes if it is an ``Optimized`` with as many ``classes`` as the
+            network.
         prior: Over the poses of the clouds. By default seven tenths are aligned, the heading of the
             others, which may look alike from all sides, is free.
         coordinate_frame: Which says where up is; None takes that of the clouds, else of the
@@ -174,8 +182,7 @@ def adapt(
 
     Raises:
         CheckpointError: If the network was trained in another coordinate frame or on other classes.
-        InputError: On clouds or arguments that cannot be used, a network that fails, or a
-            canonicalizer that has nothing to learn.
+        InputError: On clouds or arguments that cannot be used, or a network that fails.
     """
     _check(epochs, minutes, patience, held_out, batch_size, learning_rate, num_workers, seed)
     if isinstance(predictor, Canonicalized):
@@ -193,26 +200,28 @@ def adapt(
         canonicalizer = canonicalizer or recommended(classes)
         canonicalizer.to(torch.promote_types(like.dtype, torch.float32))
         network.to(device)
-        history = _train(
-            PoseTask(
-                canonicalizer,
-                prior or usual_prior(given.coordinate_frame),
-                given.coordinate_frame.up_axis,
-                classify=_classifier(network, canonicalizer, like.dtype),
-                learning_rate=learning_rate,
+        history = Training(len(kept), len(out), 0, 0.0, "nothing to learn", ())
+        if any(weight.requires_grad for weight in canonicalizer.parameters()):
+            history = _train(
+                PoseTask(
+                    canonicalizer,
+                    prior or usual_prior(given.coordinate_frame),
+                    given.coordinate_frame.up_axis,
+                    classify=_classifier(network, canonicalizer, like.dtype),
+                    learning_rate=learning_rate,
+                    minutes=minutes,
+                    seed=seed,
+                ),
+                given.select(kept),
+                given.select(out),
+                epochs=epochs,
                 minutes=minutes,
-                seed=seed,
-            ),
-            given.select(kept),
-            given.select(out),
-            epochs=epochs,
-            minutes=minutes,
-            patience=patience,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            device=device,
-            progress=progress,
-        )
+                patience=patience,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                device=device,
+                progress=progress,
+            )
     canonicalizer.to(device).eval()
     report = audit(
         Canonicalized(network, canonicalizer, RECOMMENDED_VOTE),
@@ -227,7 +236,7 @@ def adapt(
 
 def recommended(classes: int | None = None) -> Optimized:
     """The canonicalizer of the recommended recipes, which learns so many classes besides."""
-    return Optimized(answers=5, looks=4, classes=classes)
+    return Optimized(answers=5, looks=4, negligible=0.01, classes=classes)
 
 
 def _classifier(
@@ -290,9 +299,6 @@ class PoseTask(lightning.LightningModule):
         learning_rate: At its highest.
         minutes: After which it will be stopped.
         seed: Of everything random in a step.
-
-    Raises:
-        InputError: If the canonicalizer has nothing to learn.
     """
 
     def __init__(
@@ -307,13 +313,9 @@ class PoseTask(lightning.LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        if not any(weight.requires_grad for weight in canonicalizer.parameters()):
-            name = type(canonicalizer).__name__
-            raise InputError(
-                f"{name} has nothing to learn: use pointcanon.Canonicalized(predictor, {name}())"
-            )
         self.canonicalizer, self.prior, self.up_axis = canonicalizer, prior, up_axis
         self.classify, self.answers = classify, dict[int, int]()
+        self.pose: Pose = "z" if getattr(canonicalizer, "group", None) in ("SO2", "O2") else "SO3"
         self.learning_rate, self.minutes, self.seed = learning_rate, minutes, seed
         self.mean = MeanMetric()
         self.losses: list[tuple[int, float]] = []
@@ -335,11 +337,11 @@ class PoseTask(lightning.LightningModule):
         classes = self._classes(batch)
         points, normals = _of_one_size(self._cast(batch), generator)
         points = AUGMENTATIONS["scale" if normals is None else "none"](points, generator)
-        turn = random_pose("SO3", len(points), self.up_axis, generator).to(points)
+        turn = random_pose(self.pose, len(points), self.up_axis, generator).to(points)
         points = product(points, turn.mT)
         normals = None if normals is None else product(normals, turn.mT)
         frames = self.canonicalizer(points, normals=normals)
-        loss = prior_loss(frames, self.prior, turn, OUTLIERS)
+        loss = _pose_loss(frames, self.prior, turn, _outliers(frames))
         if hasattr(self.canonicalizer, "refine"):
             refines = cast(Refines, self.canonicalizer)
             loss = loss + REFINEMENT_WEIGHT * refinement_loss(refines, points, self.prior, turn)
@@ -363,7 +365,7 @@ class PoseTask(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         dataset = cast(Any, self.trainer.val_dataloaders).dataset
-        self.turns = pose_rotations("SO3", len(dataset), self.up_axis, seed=self.seed)
+        self.turns = pose_rotations(self.pose, len(dataset), self.up_axis, seed=self.seed)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         batch = self._cast(batch)
@@ -371,7 +373,8 @@ class PoseTask(lightning.LightningModule):
         posed = {key: product(batch[key], turn.mT) for key in ("points", "normals") if key in batch}
         frames = self.canonicalizer(posed["points"], batch.get("mask"), posed.get("normals"))
         # the frames that are answered, without the stages before them
-        loss = prior_loss(replace(frames, stages=()), self.prior, turn, OUTLIERS)
+        answered = replace(frames, stages=())
+        loss = _pose_loss(answered, self.prior, turn, _outliers(frames))
         self.mean.update(loss, len(turn))
 
     def on_validation_epoch_end(self) -> None:
@@ -477,6 +480,25 @@ def _train(
         else "all epochs",
         losses=tuple(task.losses),
     )
+
+
+def _pose_loss(frames: Frames, prior: Prior, turn: Tensor, outliers: float) -> Tensor:
+    """What the frames of any canonicalizer are to learn of the turn of the data."""
+    loss = prior_loss(frames, prior, turn, outliers)
+    if frames.embeddings is not None:
+        loss = loss + contrastive_loss(frames.embeddings)
+    if frames.fisher is not None:
+        loss = loss + matrix_fisher_loss(frames.fisher[:, 0], turn)
+    return loss
+
+
+def _outliers(frames: Frames) -> float:
+    """Share of clouds that may be wrong at no cost.
+
+    Of several candidates one may be right, and a cloud none of whose candidates is near pulls at
+    nothing. A single frame, which is far from right in the beginning, has to be pulled.
+    """
+    return OUTLIERS if any(each.count > 1 for each in (frames, *frames.stages)) else 0.0
 
 
 def _of_one_size(

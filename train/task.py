@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from pointcanon import predictors
-from pointcanon.canonicalizers import Canonicalizer, Identity, Optimized
+from pointcanon.canonicalizers import Canonicalizer, Identity, Optimized, Search
 from pointcanon.datasets import UNLABELLED, CloudDataset, PartDataset
 from pointcanon.datasets.augment import Augmentation
 from pointcanon.datasets.augment import augmentation as find_augmentation
@@ -166,6 +166,12 @@ class CloudTask(lightning.LightningModule):
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise UsageError(
                 f"nothing to train: the {trained} has no parameters; choose another canonicalizer"
+            )
+        if any(isinstance(part, Search) for part in self.model.canonicalizer.modules()):
+            raise UsageError(
+                "Search looks for poses by a copy of the predictor as it is now: train the "
+                "predictor first, then put Search in front of it, pointcanon eval FILE "
+                "--canonicalizer Search"
             )
         weights = (task_weight, contrastive_weight, matrix_fisher_weight, quotient_weight)
         if prior is None and not any(weights):

@@ -94,9 +94,10 @@ class Contrastive(Canonicalizer):
             degenerate=proposals.degenerate,
             embeddings=embeddings,
         )
-        return (
-            orbit if self.choice == "soft" else replace(orbit.straight_through(), stages=(orbit,))
-        )
+        if self.choice == "soft":
+            return orbit
+        degenerate = orbit.degenerate | orbit.contested
+        return replace(orbit.straight_through(), degenerate=degenerate, stages=(orbit,))
 
     def _embed(
         self, frames: Frames, points: Tensor, mask: Tensor | None, normals: Tensor | None

@@ -269,7 +269,8 @@ class Optimized(Canonicalizer):
             frames = self._mend(frames, *parts[0])
             stages.append(frames)
         answers = frames.best(self.answers).without_negligible(self.negligible)
-        return replace(answers, stages=tuple(stages))
+        degenerate = answers.degenerate | stages[0].contested
+        return replace(answers, degenerate=degenerate, stages=tuple(stages))
 
     def refine(self, points: Tensor, frames: Frames, mask: Tensor | None = None) -> Frames:
         """One look of the refiner from any frames of clouds ``(B, N, 3)``: mended poses, weighed.

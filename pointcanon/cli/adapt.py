@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from pointcanon.canonicalizers import Canonicalizer
+
 __all__ = ["run"]
 
 
@@ -32,6 +34,7 @@ def run(argv: list[str]) -> int:
 
     parser = _parser()
     options = parse(parser, argv)
+    canonicalizer: Canonicalizer | None = parser.instantiate(options).canonicalizer
     # all that can be found out now rather than after an hour
     out = require_writable(options.out)
     file = None if options.json is None else require_writable(options.json)
@@ -46,6 +49,7 @@ def run(argv: list[str]) -> int:
     model = adapt(
         predictor,
         dataset,
+        canonicalizer=canonicalizer,
         minutes=options.minutes,
         epochs=options.epochs,
         batch_size=options.batch_size,
@@ -72,6 +76,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
+    from pointcanon.canonicalizers import Canonicalizer
     from pointcanon.cli.given import add_clouds
     from pointcanon.cli.options import add_machine
 
@@ -90,6 +95,13 @@ def _parser() -> ArgumentParser:
     add_clouds(parser)
     parser.set_defaults({"data.split": "train"})
     parser.add_argument("--out", type=Path, required=True, help="of the model: FILE.safetensors")
+    parser.add_argument(
+        "--canonicalizer",
+        type=Canonicalizer | None,
+        default=None,
+        help="in place of the recommended one: VectorNeuron, Steerable, PCA or any other; with "
+        "options of its own, such as --canonicalizer.size large",
+    )
     parser.add_argument("--minutes", type=PositiveFloat, default=None, help="of training, at most")
     parser.add_argument("--epochs", type=PositiveInt, default=None, help="at most")
     parser.add_argument("--batch_size", type=PositiveInt, default=16, help="clouds of a step")
