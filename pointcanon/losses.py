@@ -21,6 +21,7 @@ __all__ = [
     "prior_loss",
     "quotient_loss",
     "refinement_loss",
+    "refinement_starts",
 ]
 
 
@@ -82,6 +83,7 @@ def refinement_loss(
     reference: Tensor | None = None,
     samples: int = 4,
     spread: float = math.radians(30),
+    starts: Tensor | None = None,
 ) -> Tensor:
     """How well one step of refinement undoes a random turn away from the data's pose.
 
@@ -96,14 +98,16 @@ def refinement_loss(
         reference: ``(B, 3, 3)``, the rotations applied to the data; None where there were none.
         samples: Poses drawn for each cloud.
         spread: Largest angle in radians; angles are uniform up to it, axes uniform on the sphere.
+        starts: ``(B, samples, 3, 3)``, the turns away from the data's pose where they have been
+            drawn already, by :func:`refinement_starts`.
 
     Returns:
         A scalar.
     """
     points = points.to(torch.promote_types(points.dtype, torch.float32))
-    axis = torch.randn(len(points), samples, 3, dtype=points.dtype, device=points.device)
-    angle = spread * torch.rand(len(points), samples, dtype=points.dtype, device=points.device)
-    starts = about_axis(axis, angle)
+    if starts is None:
+        starts = refinement_starts(len(points), samples, spread)
+    starts = starts.to(points)
     if reference is not None:
         reference = reference.to(points)
         starts = product(reference[:, None], starts)
@@ -112,6 +116,24 @@ def refinement_loss(
     if reference is not None:
         poses = product(reference.mT[:, None], poses)
     return -prior.log_prob(poses).mean()
+
+
+def refinement_starts(
+    count: int,
+    samples: int = 4,
+    spread: float = math.radians(30),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Turns ``(count, samples, 3, 3)`` float32, on the CPU so as to be the same on every device.
+
+    Args:
+        count: Of clouds.
+        samples: Turns of each.
+        spread: Largest angle in radians; angles are uniform up to it, axes uniform on the sphere.
+        generator: Source of randomness; None takes torch's.
+    """
+    axis = torch.randn(count, samples, 3, generator=generator)
+    return about_axis(axis, spread * torch.rand(count, samples, generator=generator))
 
 
 def contrastive_loss(embeddings: Tensor) -> Tensor:

@@ -12,17 +12,21 @@ import pickle
 import random
 import signal
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import pointcanon as pc
 from pointcanon import checkpoint, files
+from pointcanon.cli import main
 from pointcanon.datasets.parametric import ParametricShapes
-from pointcanon.errors import CheckpointError, DataError, PointcanonError
+from pointcanon.errors import CheckpointError, DataError, PointcanonError, UsageError
 from pointcanon.train.callbacks import SaveState, StateFile
 from pointcanon.train.data import EpochsSampler, Position
 from pointcanon.train.run import train
@@ -250,6 +254,37 @@ def test_a_reader_that_dies_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_a_reader_that_dies_is_named_by_every_command(
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    predictor = pc.predictors.create("pointnet", num_classes=16, widths=(8, 8), embedding=8)
+    model = pc.Canonicalized(predictor, pc.canonicalizers.PCA(1))
+    model.save(tmp_path / "model.safetensors")
+    np.save(tmp_path / "cloud.npy", np.random.default_rng(0).normal(size=(30, 3)))
+
+    def dying(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ParametricShapes, "__getitem__", dying)
+    monkeypatch.setattr("pointcanon.cli.clouds.Preparation.__call__", dying)
+    given = {
+        "predict": [str(tmp_path / "cloud.npy")],
+        "eval": ["--data.name", "parametric-shapes", "--protocol", "I/I", "--limit", "4"],
+    }
+    arguments = [command, str(tmp_path / "model.safetensors"), *given[command], "--device", "cpu"]
+    assert main([*arguments, "--num_workers", "1"]) == 1
+    assert "a process that reads data died" in capsys.readouterr().err
+
+
+def test_batch_norm_is_not_synchronised(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"sync_batchnorm is not for these networks"):
+        train([*SHORT, f"--output={tmp_path}", "--trainer.sync_batchnorm=true"])
+
+
 class Shell:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("executed",)
@@ -265,7 +300,15 @@ def test_a_damaged_state_is_refused(
     largest = max(undisturbed["state_dict"].values(), key=Tensor.numel).numpy().tobytes()
     flipped[good.index(largest) + 5] ^= 1
     torch.save(Shell(), tmp_path / "shell")
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "zeros")
+    with (
+        zipfile.ZipFile(tmp_path / "zeros") as sound,
+        zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in sound.infolist():
+            bomb.writestr(entry.filename, sound.read(entry))
     bad = {
+        "bomb": (tmp_path / "bomb").read_bytes(),
         "flipped": bytes(flipped),
         "truncated": good[: len(good) // 2],
         "empty": b"",

@@ -193,6 +193,7 @@ class StateFile(CheckpointIO):
             CheckpointError: If the file is damaged or holds no state of a training.
         """
         try:
+            checkpoint.check_archive(path)
             with zipfile.ZipFile(path) as archive:  # what torch writes; it does not check the sums
                 broken = archive.testzip()
             if broken is None:

@@ -132,6 +132,11 @@ class _CLI(LightningCLI):
             )
         parsed: Any = self.config_init
         asked = parsed.trainer
+        if asked.sync_batchnorm:
+            raise UsageError(
+                "trainer.sync_batchnorm is not for these networks, whose batch norm knows padding: "
+                "leave it out; each process normalises by the clouds of its own"
+            )
         more = asked.callbacks or []
         kwargs["callbacks"] = callbacks + (more if isinstance(more, list) else [more])
         more = asked.plugins or []

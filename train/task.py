@@ -30,6 +30,7 @@ from pointcanon.losses import (
     prior_loss,
     quotient_loss,
     refinement_loss,
+    refinement_starts,
 )
 from pointcanon.model import Canonicalized, Vote
 from pointcanon.predictors import PartPredictor
@@ -247,7 +248,8 @@ class CloudTask(lightning.LightningModule):
         points = self.augmentation(batch["points"].repeat(processes, 1, 1), generator)[mine]
         turns = random_pose(self.protocol.train, processes * count, self.up_axis, generator)
         turn = turns[mine].to(points)
-        loss = self._loss(_turned({**batch, "points": points}, turn), turn)
+        starts = refinement_starts(processes * count, generator=generator)[mine]
+        loss = self._loss(_turned({**batch, "points": points}, turn), turn, starts)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(points))
         return loss
 
@@ -279,7 +281,7 @@ class CloudTask(lightning.LightningModule):
         """What a part network is told, and a classifier is not."""
         return batch["label"] if self.model.segments else None
 
-    def _loss(self, batch: dict[str, Tensor], turn: Tensor) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], turn: Tensor, starts: Tensor | None = None) -> Tensor:
         geometry = _geometry(batch)
         frames = self.model.canonicalizer(*geometry)
         loss = turn.new_zeros(())
@@ -290,9 +292,11 @@ class CloudTask(lightning.LightningModule):
         if self.class_weight > 0:
             assert frames.class_logits is not None  # as many as there are classes
             loss = loss + self.class_weight * _cross_entropy(frames.class_logits, batch["label"])
-        return loss + self._pose_loss(frames, batch["points"], turn)
+        return loss + self._pose_loss(frames, batch["points"], turn, starts)
 
-    def _pose_loss(self, frames: Frames, points: Tensor, turn: Tensor) -> Tensor:
+    def _pose_loss(
+        self, frames: Frames, points: Tensor, turn: Tensor, starts: Tensor | None
+    ) -> Tensor:
         """What is asked of the frames, whatever the predictor makes of them."""
         loss = turn.new_zeros(())
         if self.prior is not None:
@@ -300,7 +304,7 @@ class CloudTask(lightning.LightningModule):
             loss = loss + self.prior_weight * prior
         if self.prior is not None and self.refinement_weight > 0:
             canonicalizer = cast(Refines, self.model.canonicalizer)
-            refinement = refinement_loss(canonicalizer, points, self.prior, turn)
+            refinement = refinement_loss(canonicalizer, points, self.prior, turn, starts=starts)
             loss = loss + self.refinement_weight * refinement
         if self.contrastive_weight > 0:
             if frames.embeddings is None:

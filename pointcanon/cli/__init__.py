@@ -53,6 +53,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pointcanon: interrupted", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(
+            "pointcanon: a process that reads data died, as happens where memory is short: choose "
+            "fewer --num_workers",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _reason(error: PointcanonError) -> str:

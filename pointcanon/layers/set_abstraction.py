@@ -199,7 +199,9 @@ def interpolate(points: Tensor, coarse: Tensor, values: Tensor) -> Tensor:
     squared = (points[:, :, None] - ends).square().sum(dim=-1)
     # in proportion to 1 / (squared + 1e-8); ONNX optimisers take a term of 1e-8 for none at all
     weights = 1 / (100 * squared + 1e-6)
-    weights = (weights / weights.sum(dim=-1, keepdim=True)).to(values.dtype)
+    # of squares beyond the dtype all weights are 0, as those of padding may be
+    whole = weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    weights = (weights / whole).to(values.dtype)
     flat = values.flatten(0, 1)
     total = sum(
         flat.index_select(0, column) * weight.flatten()[:, None]

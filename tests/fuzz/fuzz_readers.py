@@ -34,8 +34,10 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
     tempfile.tempdir = str(folder)  # of targets that put files in place
     corpus = folder / "corpus"
     corpus.mkdir()
-    for number, content in enumerate(target.sound()):
+    sound = list(target.sound())
+    for number, content in enumerate(sound):
         (corpus / str(number)).write_bytes(content)
+    longest = max(20_000, 2 * max(map(len, sound)))  # a seed that is cut short is no sound file
     path = folder / f"file{target.suffix}"
 
     def one(content: bytes) -> None:
@@ -47,7 +49,8 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
                 raise RuntimeError(f"the error does not name the file: {error}") from error
 
     warnings.simplefilter("ignore")
-    limits = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=3000", "-max_len=20000"]
+    limits = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=3000"]
+    limits += [f"-max_len={longest}"]
     prefix = f"-artifact_prefix={out.resolve()}/{name}-"
     atheris.Setup([sys.argv[0], str(corpus), *limits, prefix, "-verbosity=0"], one)
     atheris.Fuzz()
