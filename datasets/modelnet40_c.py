@@ -95,7 +95,7 @@ class ModelNet40C(Dataset[CloudItem]):
         self._path = files.path(variant)
         self._held: np.ndarray | None = None
         shape = self._clouds().shape
-        self.labels: np.ndarray = _labels(self.folder, shape[0])
+        self.labels: np.ndarray = _labels(self._path, shape[0])
         if num_points is not None and not 1 <= num_points <= shape[1]:
             raise InputError(
                 f"num_points is {num_points:,}, but clouds of {self._path} have {shape[1]:,} "
@@ -187,7 +187,7 @@ class ModelNet40CFiles:
             DataError: If the file as a whole cannot be read.
         """
         clouds = _mapped(path)
-        for row, label in enumerate(_labels(self.folder, len(clouds))):
+        for row, label in enumerate(_labels(path, len(clouds))):
             ref = Ref(path, row, self.classes[label])
             yield ref, digest(clouds[row], ref)
 
@@ -218,9 +218,9 @@ def _mapped(path: Path) -> np.ndarray:
     return held
 
 
-def _labels(folder: Path, clouds: int) -> np.ndarray:
-    path = folder / "label.npy"
-    return class_labels(path, _array(path), clouds, len(MODELNET40_CLASSES))
+def _labels(file: Path, clouds: int) -> np.ndarray:
+    path = file.with_name("label.npy")
+    return class_labels(path, _array(path), clouds, len(MODELNET40_CLASSES), file)
 
 
 def _array(path: Path) -> np.ndarray:

@@ -238,6 +238,21 @@ def _json_list(path: Path) -> list[Any]:
     return held
 
 
+def _whole(ref: Ref, parts: np.ndarray) -> np.ndarray:
+    """Parts as int64.
+
+    Raises:
+        DataError: If one is no whole number.
+    """
+    broken = np.flatnonzero(parts != np.round(parts))
+    if len(broken):
+        point = int(broken[0])
+        raise DataError(
+            f"{ref}: point {point} is labelled {parts[point]}, which is no whole number"
+        )
+    return parts.astype(np.int64, copy=False)
+
+
 def _read_rows(path: Path) -> np.ndarray:
     """``(n, 7)`` float32; n may be 0."""
     try:
@@ -347,15 +362,9 @@ class H5Layout(PartLayout):
                 "the txt layout"
             )
         cloud = {key: values if row is None else values[row] for key, values in held.items()}
-        parts = cloud["parts"]
-        broken = np.flatnonzero(parts != np.round(parts))
-        if len(broken):
-            point = int(broken[0])
-            raise DataError(
-                f"{ref}: point {point} is labelled {parts[point]}, which is no whole number"
-            )
+        parts = _whole(ref, cloud["parts"])
         normal = cloud["normal"] if normals else None
-        return PartCloud(cloud["data"], parts.astype(np.int64), normal)
+        return PartCloud(cloud["data"], parts, normal)
 
     def _fits(self, path: Path) -> bool:
         with _h5_file(path) as file:
@@ -464,14 +473,14 @@ class PygLayout(PartLayout):
     def refs(self, path: Path) -> list[Ref]:
         order = [next(n for n in self.classes if n[:3] == c) for c in self._codes.split("_")]
         given = self._open(path).category
-        outside = np.flatnonzero((given < 0) | (given >= len(order)))
+        outside = np.flatnonzero(~whole_numbers(given, len(order)))
         if len(outside):
             row = int(outside[0])
             raise DataError(
                 f"{path}: category {given[row]} of cloud {row} is outside the {len(order)} "
                 f"in the name of the file"
             )
-        return [Ref(path, row, order[number]) for row, number in enumerate(given)]
+        return [Ref(path, row, order[int(number)]) for row, number in enumerate(given)]
 
     def stored(self, ref: Ref, normals: bool) -> PartCloud:
         held = self._open(ref.path)
@@ -481,7 +490,7 @@ class PygLayout(PartLayout):
         rows = slice(held.starts[ref.row], held.starts[ref.row + 1])
         return PartCloud(
             held.points[rows].numpy().astype(np.float32, copy=False),
-            held.parts[rows].numpy().astype(np.int64, copy=False),
+            _whole(ref, held.parts[rows].numpy()),
             held.normals[rows].numpy() if normals and held.normals is not None else None,
         )
 
@@ -530,7 +539,9 @@ def _map(path: Path) -> _Mapped:
     try:
         starts = [0, len(points)] if slices is None else slices["pos"].tolist()
         category = torch.as_tensor(data["category"]).detach().reshape(-1).numpy()
-        ordered = sorted(starts) == starts and 0 <= min(starts) <= max(starts) <= len(points)
+        ordered = all(isinstance(start, int) for start in starts)
+        ordered = ordered and sorted(starts) == starts
+        ordered = ordered and 0 <= min(starts) <= max(starts) <= len(points)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError):
         ordered = False
     if not ordered:

@@ -62,7 +62,9 @@ def h5_file(path: Path, kind: str, more: Sequence[str] = ()) -> Iterator[h5py.Fi
         ) from error
 
 
-def class_labels(path: Path, values: np.ndarray, clouds: int, classes: int) -> np.ndarray:
+def class_labels(
+    path: Path, values: np.ndarray, clouds: int, classes: int, of: Path | None = None
+) -> np.ndarray:
     """Labels as public files hold them, ``(n,)`` or ``(n, 1)`` of any dtype, as ``(n,)`` int64.
 
     Args:
@@ -70,11 +72,12 @@ def class_labels(path: Path, values: np.ndarray, clouds: int, classes: int) -> n
         values: What it holds.
         clouds: How many labels there must be.
         classes: How many classes there are.
+        of: The file that holds the clouds, where it is another.
 
     Raises:
         DataError: If there are more labels or fewer, or one is no class.
     """
-    _require_label_each(path, values.shape, clouds)
+    _require_label_each(path, values.shape, clouds, of)
     labels = values.reshape(-1)
     known = whole_numbers(labels, classes)
     if not known.all():
@@ -88,9 +91,12 @@ def whole_numbers(values: np.ndarray, count: int) -> np.ndarray:
     return (values >= 0) & (values < count) & (values == np.round(values))
 
 
-def _require_label_each(path: Path, shape: tuple[int, ...], clouds: int) -> None:
+def _require_label_each(
+    path: Path, shape: tuple[int, ...], clouds: int, of: Path | None = None
+) -> None:
     if shape not in ((clouds,), (clouds, 1)):
-        raise DataError(f"{path} holds labels {shape} for {clouds} clouds")
+        where = "" if of is None else f" in {of}"
+        raise DataError(f"{path} holds labels {shape} for {clouds} clouds{where}")
 
 
 def report_missing(folder: Path, split: str, absent: Sequence[str], stop: bool) -> None:
