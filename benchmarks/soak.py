@@ -4,8 +4,8 @@
     python benchmarks/soak.py --what stream --files 100000
     python benchmarks/soak.py --what large --points 10000000
 
-``predictions`` asks models for clouds of mixed sizes, batches, dtypes and masks, one after another
-in one process. ``stream`` puts a folder of small files through ``pointcanon predict``. Both say how
+``predictions`` asks models for clouds of mixed sizes, batches and masks, one after another in one
+process. ``stream`` puts a folder of small files through ``pointcanon predict``. Both say how
 much memory was resident in each tenth of the time, and by how much it grew from the second tenth,
 when caches are warm, to the last. ``large`` says how far a frame of one cloud raises the peak of a
 process of its own. Nothing here asserts a time.
@@ -46,7 +46,7 @@ CANONICALIZERS: dict[str, Callable[[], pc.canonicalizers.Canonicalizer]] = {
 
 
 def resident_mib(pid: int | str = "self") -> float:
-    """Memory of a process and its children that is resident now."""
+    """Memory of a process that is resident now, without its children."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 
@@ -67,7 +67,7 @@ def growth(samples: list[tuple[float, float]]) -> dict[str, object]:
 
 
 def questions(seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Clouds of mixed numbers, sizes and dtypes, some of them padded."""
+    """Clouds of mixed numbers and sizes, some of them padded."""
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     while True:
         count = chance.choice((1, 2, 7))

@@ -416,7 +416,7 @@ def test_a_canonicalizer_for_a_frozen_part_network(parts: Path, tmp_path: Path) 
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("protocol", ["z/z", "SO3/SO3"])
+@pytest.mark.parametrize("protocol", ["z/z", "z/SO3", "SO3/SO3", "I/SO3"])
 def test_joint_training_by_the_labels_of_the_points_alone(protocol: str, tmp_path: Path) -> None:
     options = [*SHAPES, SMALL, "--model.trained=joint", f"--model.protocol={protocol}"]
     options += ["--model.canonicalizer=VectorNeuron", "--model.canonicalizer.k=4"]
