@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pointcanon import checkpoint, predictors
 
@@ -37,6 +38,20 @@ def test_a_prediction_opens_no_socket(tmp_path: Path) -> None:
     told = run("predict", str(tmp_path / "net.safetensors"), str(tmp_path / "cloud.npy"))
     assert told.returncode == 0, told.stderr
     assert '"label"' in told.stdout
+
+
+@pytest.mark.slow
+def test_a_training_and_its_evaluation_open_no_socket(tmp_path: Path) -> None:
+    data = ["--data.num_points=16", "--data.name=parametric-shapes"]
+    small = '--model.predictor_options={"widths": [4, 4], "embedding": 4}'
+    steps = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    steps += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+    told = run("train", "--config=shapes-pointnet", small, *data, *steps, f"--output={tmp_path}")
+    assert told.returncode == 0, told.stderr
+    model = str(tmp_path / "best.safetensors")
+    told = run("eval", model, *data, "--protocol=I/SO3", "--limit=4", "--device=cpu")
+    assert told.returncode == 0, told.stderr
+    assert "PointNet" in told.stdout
 
 
 def test_the_watch_sees_sockets() -> None:
