@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 import pointcanon as pc
@@ -29,7 +30,9 @@ from pointcanon.train.adapt import (
     _outliers,
     _pose_loss,
     _rate,
+    recommended,
 )
+from pointcanon.train.run import find_recipe
 
 
 class Corner(nn.Module):
@@ -266,6 +269,13 @@ def test_where_there_is_nothing_to_learn_there_is_a_report(corners: tuple[Tensor
     assert model.history.stopped == "nothing to learn"
     assert (model.history.epochs, model.history.losses) == (0, ())
     assert model.report.flips == 0
+
+
+def test_the_recommended_canonicalizer_is_that_of_the_recipe() -> None:
+    recipe = yaml.safe_load(find_recipe("modelnet40-pointnet-canonicalizer").read_text())
+    asked = recipe["model"]["canonicalizer"]["init_args"]
+    made = recommended(asked["classes"])
+    assert {name: getattr(made, name) for name in asked} == asked
 
 
 def test_embeddings_are_kept_distinct(corners: tuple[Tensor, Tensor]) -> None:
