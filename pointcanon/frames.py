@@ -212,7 +212,7 @@ class Frames:
         if self.count == 1:
             return torch.zeros_like(self.degenerate)
         first, second = self.log_weights.detach().topk(2, dim=1).values.unbind(dim=1)
-        return first - second <= DEGENERATE_TOLERANCE[self.rotations.dtype]
+        return first - second <= DEGENERATE_TOLERANCE[self.rotations.dtype] / 10
 
     def without_negligible(self, share: float) -> Frames:
         """Candidates that weigh less than ``share`` of the heaviest one get no weight at all.
