@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from pointcanon.canonicalizers import Canonicalizer, Identity, Optimized
+from pointcanon.canonicalizers import Canonicalizer, ForGroup, Identity, Optimized
 from pointcanon.coordinates import CoordinateFrame
 from pointcanon.datasets import UNLABELLED
 from pointcanon.datasets.augment import AUGMENTATIONS
@@ -315,7 +315,8 @@ class PoseTask(lightning.LightningModule):
         super().__init__()
         self.canonicalizer, self.prior, self.up_axis = canonicalizer, prior, up_axis
         self.classify, self.answers = classify, dict[int, int]()
-        self.pose: Pose = "z" if getattr(canonicalizer, "group", None) in ("SO2", "O2") else "SO3"
+        upright = isinstance(canonicalizer, ForGroup) and canonicalizer.group in ("SO2", "O2")
+        self.pose: Pose = "z" if upright else "SO3"
         self.learning_rate, self.minutes, self.seed = learning_rate, minutes, seed
         self.mean = MeanMetric()
         self.losses: list[tuple[int, float]] = []

@@ -64,6 +64,7 @@ def run(argv: list[str]) -> int:
     if options.drop_outliers and model.segments:
         raise UsageError("--drop_outliers is for classifiers: a stray has a part as well")
     share = Share.from_environment()
+    device = pick_device(options.device, share.local_rank)
 
     def as_asked(clouds: CloudDataset) -> CloudDataset:
         return WithoutOutliers(clouds) if options.drop_outliers else clouds
@@ -75,7 +76,7 @@ def run(argv: list[str]) -> int:
             chosen,
             seeds=seeds,
             batch_size=options.batch_size,
-            device=pick_device(options.device, share.local_rank),
+            device=device,
             num_workers=options.num_workers,
             limit=options.limit,
             restricted=options.restricted,
