@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/pointcanon demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check

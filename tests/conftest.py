@@ -9,6 +9,11 @@ import pytest
 import torch
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are taken by the other workers
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of what the tests start
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data sets and weights, if it lies beside the checkout."""
