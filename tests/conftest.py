@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are taken by the other workers
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of what the tests start

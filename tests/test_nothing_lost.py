@@ -280,7 +280,7 @@ def test_a_reader_that_dies_is_named_by_every_command(
     assert "a process that reads data died" in capsys.readouterr().err
 
 
-def test_batch_norm_is_not_synchronised(tmp_path: Path) -> None:
+def test_batch_norm_is_not_synchronised_by_torch(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"sync_batchnorm is not for these networks"):
         train([*SHORT, f"--output={tmp_path}", "--trainer.sync_batchnorm=true"])
 

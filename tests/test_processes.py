@@ -18,15 +18,19 @@ from typing import Any
 import pytest
 import torch
 from test_nothing_lost import difference, learned
+from torch import Tensor, nn
 
 from pointcanon import checkpoint
-from pointcanon.canonicalizers import PCA
+from pointcanon.canonicalizers import PCA, VectorNeuron
 from pointcanon.cli import main
 from pointcanon.datasets.collate import collate
 from pointcanon.datasets.parametric import ParametricShapes
 from pointcanon.eval.scores import Tally, tally_for
+from pointcanon.frames import Frames
+from pointcanon.layers.pointwise import BatchNorm, synchronise
 from pointcanon.model import Canonicalized
 from pointcanon.predictors import create
+from pointcanon.testing import surface_clouds
 from pointcanon.train.callbacks import StateFile
 from pointcanon.train.run import train
 
@@ -110,24 +114,128 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("eval_batch_size", [1, 8, 64])
-def test_two_processes_train_as_one_does(
-    eval_batch_size: int, predictor: Path, tmp_path: Path
-) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""\
-model:
-  predictor: {predictor}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "pointnet": lambda: create("pointnet", num_classes=3, dropout=0.0),
+    "pointnet2": lambda: create("pointnet2", num_classes=3, dropout=0.0),
+    "dgcnn": lambda: create("dgcnn", num_classes=3, k=5, embedding=16, dropout=0.0),
+    "dgcnn-parts": lambda: create(
+        "dgcnn-parts", num_parts=3, num_categories=2, k=5, embedding=16, dropout=0.0
+    ),
+    "vector neurons": lambda: VectorNeuron("large", num_points=40, k=5),
+}
+
+
+def learn_from_half(rank: int, port: int, name: str, folder: Path) -> None:
+    """One step on two of four clouds, half of whose points are padding in the first process."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    network, loss = step_of(name, slice(2 * rank, 2 * rank + 2), across_processes=True)
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= 2  # as DDP does
+    torch.distributed.destroy_process_group()
+    torch.save((loss, after(network)), folder / f"{rank}.pt")
+
+
+def step_of(name: str, part: slice, across_processes: bool = False) -> tuple[nn.Module, Tensor]:
+    """A network that has learned once from some of four clouds, and its loss."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]().double().train()
+    for layer in network.modules():
+        if isinstance(layer, BatchNorm):  # scales of both signs, as after some training
+            nn.init.normal_(layer.weight)
+    synchronise(network, across_processes)
+    generator = torch.Generator().manual_seed(1)
+    points = surface_clouds(4, 40, generator).double()[part]
+    mask = torch.ones(4, 40, dtype=torch.bool)
+    mask[:2, 24:] = False
+    options = {"category": torch.tensor([0, 1, 0, 1])[part]} if "parts" in name else {}
+    answer = network(points, mask[part], **options)
+    real = mask[part]
+    if isinstance(answer, Frames):
+        loss = answer.rotations[:, 0, 0, 1].mean()
+    elif answer.ndim == 3:  # a mean over clouds, so that every process has the same share
+        loss = (answer.square().mean(dim=2) * real).sum(dim=1).mean()
+    else:
+        loss = answer.square().mean()
+    loss.backward()
+    return network, loss.detach()
+
+
+def after(network: nn.Module) -> dict[str, Tensor]:
+    """Gradients and running statistics."""
+    learned = {f"gradient of {n}": p.grad for n, p in network.named_parameters()}
+    return {**{n: g for n, g in learned.items() if g is not None}, **dict(network.named_buffers())}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batch_norm_sees_the_clouds_of_all_processes(name: str, tmp_path: Path) -> None:
+    whole, loss = step_of(name, slice(None))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pointcanon.train.run"])
+    group = [
+        context.Process(target=learn_from_half, args=(rank, port, name, tmp_path))
+        for rank in (0, 1)
+    ]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(timeout=120)
+    assert [process.exitcode for process in group] == [0, 0]
+    (first, ours), (second, theirs) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    torch.testing.assert_close((first + second) / 2, loss, rtol=1e-10, atol=1e-12)
+    expected = after(whole)
+    assert any("running_var" in key for key in expected)
+    assert any("norm" in key and "gradient" in key for key in expected)
+    for found in (ours, theirs):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-8, atol=1e-10, msg=key)
+    alone, _ = step_of(name, slice(0, 2))
+    differs = [not torch.allclose(after(alone)[key], expected[key]) for key in expected]
+    assert any(differs)
+
+
+LEARNERS = {
+    "a frame": """\
   trained: canonicalizer
   canonicalizer:
     class_path: pointcanon.canonicalizers.Steerable
-    init_args: {{channels: 4, layers: 1, k: 8, num_points: 24}}
-  prior: {{class_path: pointcanon.priors.Aligned}}
+    init_args: {channels: 4, layers: 1, k: 8, num_points: 24}
+  prior: {class_path: pointcanon.priors.Aligned}
   augmentation: vnn
-"""
-    )
+""",
+    "batch norm": """\
+  trained: predictor
+  predictor_options: {embedding: 16, widths: [8, 16], dropout: 0.0}
+  augmentation: vnn
+  protocol: SO3/SO3
+  optimizer: sgd
+  learning_rate: 0.05
+""",
+}
+"""What is trained. SGD, as a bias before batch norm has the gradient zero up to rounding, which Adam
+would divide by its own size."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("learner", "eval_batch_size"),
+    [("a frame", 1), ("a frame", 8), ("a frame", 64), ("batch norm", 8)],
+)
+def test_two_processes_train_as_one_does(
+    learner: str, eval_batch_size: int, predictor: Path, tmp_path: Path
+) -> None:
+    frozen = learner == "a frame"
+    recipe = tmp_path / "recipe.yaml"
+    start = predictor if frozen else "pointnet"
+    recipe.write_text(f"model:\n  predictor: {start}\n{LEARNERS[learner]}")
     arguments = [*TINY, f"--config={recipe}", "--trainer.max_epochs=3"]
     arguments += [f"--data.eval_batch_size={eval_batch_size}", "--trainer.gradient_clip_val=1.0"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -137,9 +245,10 @@ model:
     alone, shared = (
         torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (one, two)
     )
-    before = checkpoint.load_state(predictor)
-    moved = [key for key in alone if not key.startswith("model.predictor")]
-    assert all(torch.equal(shared[f"model.predictor.{key}"], before[key]) for key in before)
+    if frozen:
+        before = checkpoint.load_state(predictor)
+        assert all(torch.equal(shared[f"model.predictor.{key}"], before[key]) for key in before)
+    moved = [key for key in alone if not (frozen and key.startswith("model.predictor"))]
     for key in moved:
         assert torch.allclose(alone[key], shared[key], rtol=1e-4, atol=1e-5), key
     assert validations(two) == [pytest.approx(row, rel=1e-4) for row in validations(one)]

@@ -135,7 +135,7 @@ class _CLI(LightningCLI):
         if asked.sync_batchnorm:
             raise UsageError(
                 "trainer.sync_batchnorm is not for these networks, whose batch norm knows padding: "
-                "leave it out; each process normalises by the clouds of its own"
+                "leave it out; several processes normalise by the clouds of all of them as it is"
             )
         more = asked.callbacks or []
         kwargs["callbacks"] = callbacks + (more if isinstance(more, list) else [more])

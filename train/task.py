@@ -23,6 +23,7 @@ from pointcanon.eval.evaluate import check_fit
 from pointcanon.eval.metrics import InstanceIoU, PointAccuracy
 from pointcanon.eval.protocols import pose_rotations, protocol, random_pose
 from pointcanon.frames import Frames
+from pointcanon.layers.pointwise import synchronise
 from pointcanon.losses import (
     Refines,
     contrastive_loss,
@@ -229,6 +230,10 @@ class CloudTask(lightning.LightningModule):
         """The part that does not learn."""
         parts = {"predictor": self.model.canonicalizer, "canonicalizer": self.model.predictor}
         return parts.get(self.trained)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            synchronise(self.model, self.trainer.world_size > 1)
 
     def train(self, mode: bool = True) -> CloudTask:
         super().train(mode)

@@ -115,8 +115,7 @@ class DeepEdgeConv(nn.Module):
                 blocks = self._blocks(ends, centres, neighbors, mask, weight * rising[:, None])
                 maxima, *moments = zip(*blocks, strict=True)
                 mean, variance, count = _pool_moments(*map(torch.stack, moments))
-                mean = mean * rising
-                norm.track(mean, variance, count)
+                mean, variance = norm.batch_statistics(mean * rising, variance, count)
                 scale, shift = _scale_and_shift(norm, mean, variance)
                 outputs = torch.cat(maxima) * (rising * scale) + shift
             else:
@@ -286,8 +285,7 @@ def _edge_terms(
     features = _exact(features)
     weight, norm = layer.linear.weight.to(features.dtype), layer.norm
     if layer.training:
-        mean, variance, count = _edge_statistics(weight, features, neighbors, mask)
-        norm.track(mean, variance, count)
+        mean, variance = norm.batch_statistics(*_edge_statistics(weight, features, neighbors, mask))
     else:
         mean, variance = _running(norm)
     scale, shift = _scale_and_shift(norm, mean, variance)

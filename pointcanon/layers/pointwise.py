@@ -17,6 +17,7 @@ __all__ = [
     "masked_max",
     "masked_mean",
     "shared_layers",
+    "synchronise",
 ]
 
 SCORES = 2**24
@@ -24,7 +25,14 @@ SCORES = 2**24
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of ``(..., C)`` whose statistics leave padding out."""
+    """Batch normalisation of ``(..., C)`` whose statistics leave padding out.
+
+    Attributes:
+        across_processes: Whether a batch in training is that of all processes together, not of this
+            one alone; see :func:`synchronise`.
+    """
+
+    across_processes = False
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise.
@@ -35,7 +43,7 @@ class BatchNorm(nn.BatchNorm1d):
         """
         if not self.training:
             return super().forward(input.reshape(-1, self.num_features)).reshape(input.shape)
-        if mask is None and input.numel() <= self.num_features:
+        if mask is None and (self.across_processes or input.numel() <= self.num_features):
             # torch refuses to train on a single row, whose variance is zero here, and lets a batch
             # of none make NaN of the running statistics
             mask = input.new_ones(input.shape[:-1], dtype=torch.bool)
@@ -45,16 +53,32 @@ class BatchNorm(nn.BatchNorm1d):
         real = mask.expand(input.shape[:-1]).reshape(-1, 1)
         count = real.sum().to(rows.dtype)
         mean = torch.where(real, rows, 0.0).sum(dim=0) / count.clamp_min(1)
+        variance = torch.where(real, rows - mean, 0.0).square().sum(dim=0) / count.clamp_min(1)
+        mean, variance = self.batch_statistics(mean, variance, count)
         # padding counts for the mean: divided by the variance of points that coincide, it would
         # grow from layer to layer until it overflows
         rows = torch.where(real, rows, mean)
-        variance = (rows - mean).square().sum(dim=0) / count.clamp_min(1)
-        self.track(mean, variance, count)
         return self.affine_map(rows.reshape(input.shape), mean, variance).to(input.dtype)
 
+    def batch_statistics(
+        self, mean: Tensor, variance: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """By what a batch is normalised, from mean and variance of the ``count`` rows seen here.
+
+        These are they, or where processes share a batch (:func:`synchronise`), those of the rows of
+        all of them. The running statistics move towards them, if there are any rows.
+        """
+        if self.across_processes:
+            count, total = count.detach(), _Sum.apply(torch.cat((count * mean, count[None])))
+            joint = total[:-1] / total[-1].clamp_min(1)
+            squares = count * (variance + (mean - joint).square())
+            mean, count = joint, total[-1].detach()
+            variance = _Sum.apply(squares) / count.clamp_min(1)
+        self._track(mean, variance, count)
+        return mean, variance
+
     @torch.no_grad()
-    def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of a batch of ``count`` rows, if it has any."""
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -69,6 +93,31 @@ class BatchNorm(nn.BatchNorm1d):
         """``(..., C)`` normalised by the given statistics ``(C,)``, scaled and shifted."""
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (input * scale + (self.bias - mean * scale)).to(input.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """Over all processes; so is the gradient, as the sum serves each of them."""
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _Sum.apply(gradient.contiguous())
+
+
+def synchronise(network: nn.Module, across_processes: bool = True) -> None:
+    """Let batch norm see the batch of all processes of ``torch.distributed``, or of each alone.
+
+    For training in which every process runs the network equally often. Padding stays out of the
+    statistics, as it would not with ``nn.SyncBatchNorm``.
+    """
+    for module in network.modules():
+        if isinstance(module, BatchNorm):
+            module.across_processes = across_processes
 
 
 class SharedLayer(nn.Module):
@@ -153,8 +202,7 @@ class PooledLinear(nn.Module):
             pooled = pooled + self.linear.bias
         if not self.training:
             return self.norm(pooled)
-        mean, variance, count = self._statistics(features, mask)
-        self.norm.track(mean, variance, count)
+        mean, variance = self.norm.batch_statistics(*self._statistics(features, mask))
         return self.norm.affine_map(pooled, mean, variance)
 
     @torch.no_grad()
