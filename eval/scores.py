@@ -177,8 +177,9 @@ class _ClassTally(Tally):
         from torchmetrics.functional.classification import multiclass_accuracy
 
         predicted, label = torch.cat(self._predicted, dim=1)[pose], torch.cat(self._labels)
-        overall = multiclass_accuracy(predicted, label, self.outputs, average="micro")
-        by_class = multiclass_accuracy(predicted, label, self.outputs, average="none")
+        count = max(self.outputs, 2)  # torchmetrics knows no single class
+        overall = multiclass_accuracy(predicted, label, count, average="micro")
+        by_class = multiclass_accuracy(predicted, label, count, average="none")[: self.outputs]
         present = label.bincount(minlength=self.outputs) > 0
         known = zip(self.classes, by_class.tolist(), present.tolist(), strict=True)
         return ClassScores(

@@ -220,8 +220,8 @@ LEARNERS = {
   learning_rate: 0.05
 """,
 }
-"""What is trained. SGD, as a bias before batch norm has the gradient zero up to rounding, which Adam
-would divide by its own size."""
+"""What is trained. SGD, as a bias before batch norm has the gradient zero up to rounding, which
+Adam would divide by its own size."""
 
 
 @pytest.mark.slow

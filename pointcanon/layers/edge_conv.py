@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pointcanon.layers.pointwise import BatchNorm
+from pointcanon.layers.pointwise import BatchNorm, exact
 from pointcanon.neighbors import knn
 from pointcanon.portable import exporting, full_precision
 
@@ -282,7 +282,7 @@ def _edge_terms(
     layer: Layer, features: Tensor, neighbors: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Two ``(B, N, D)``, of point j and of point i, whose sum is the normalised layer on ij."""
-    features = _exact(features)
+    features = exact(features)
     weight, norm = layer.linear.weight.to(features.dtype), layer.norm
     if layer.training:
         mean, variance = norm.batch_statistics(*_edge_statistics(weight, features, neighbors, mask))
@@ -356,10 +356,5 @@ def _running(norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _scale_and_shift(norm: BatchNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Batch normalisation by these statistics, as ``scale * x + shift``."""
-    scale = _exact(norm.weight) * torch.rsqrt(_exact(variance) + norm.eps)
-    return scale, _exact(norm.bias) - mean * scale
-
-
-def _exact(values: Tensor) -> Tensor:
-    """At least float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    scale = exact(norm.weight) * torch.rsqrt(exact(variance) + norm.eps)
+    return scale, exact(norm.bias) - mean * scale

@@ -13,6 +13,7 @@ __all__ = [
     "PooledLinear",
     "SharedLayer",
     "class_head",
+    "exact",
     "linear_of_parts",
     "masked_max",
     "masked_mean",
@@ -49,7 +50,7 @@ class BatchNorm(nn.BatchNorm1d):
             mask = input.new_ones(input.shape[:-1], dtype=torch.bool)
         if mask is None:
             return super().forward(input.reshape(-1, self.num_features)).reshape(input.shape)
-        rows = _exact(input.reshape(-1, self.num_features))
+        rows = exact(input.reshape(-1, self.num_features))
         real = mask.expand(input.shape[:-1]).reshape(-1, 1)
         count = real.sum().to(rows.dtype)
         mean = torch.where(real, rows, 0.0).sum(dim=0) / count.clamp_min(1)
@@ -222,7 +223,7 @@ class PooledLinear(nn.Module):
 
     def _statistics(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Mean ``(D,)`` and variance ``(D,)`` of the linear outputs, and the number of points."""
-        rows, weight = _exact(features.flatten(0, 1)), _exact(self.linear.weight)
+        rows, weight = exact(features.flatten(0, 1)), exact(self.linear.weight)
         # a variance from low-precision products could even come out negative
         with full_precision(features):
             if mask is None:
@@ -242,7 +243,7 @@ class PooledLinear(nn.Module):
             return mean, variance, count
 
 
-def _exact(values: Tensor) -> Tensor:
+def exact(values: Tensor) -> Tensor:
     """At least float32, for sums over many rows."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 

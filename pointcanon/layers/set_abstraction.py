@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcanon.layers.pointwise import SharedLayer, shared_layers
+from pointcanon.layers.pointwise import SharedLayer, exact, shared_layers
 from pointcanon.neighbors import ball_query, farthest_point_sample, knn
 from pointcanon.portable import full_precision
 
@@ -196,7 +196,7 @@ def interpolate(points: Tensor, coarse: Tensor, values: Tensor) -> Tensor:
         return values
     nearest = flat_index(knn(coarse, 3, queries=points), coarse.shape[1])
     ends = coarse.flatten(0, 1)[nearest].unflatten(0, points.shape[:2])
-    squared = (points[:, :, None] - ends).square().sum(dim=-1)
+    squared = exact(points[:, :, None] - ends).square().sum(dim=-1)  # float16 knows no 1e-6
     # in proportion to 1 / (squared + 1e-8); ONNX optimisers take a term of 1e-8 for none at all
     weights = 1 / (100 * squared + 1e-6)
     # of squares beyond the dtype all weights are 0, as those of padding may be

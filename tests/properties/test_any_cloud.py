@@ -155,6 +155,33 @@ def test_logits_of_any_cloud_are_finite_or_refused(name: str, effort: object) ->
     holds()
 
 
+@EFFORTS
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_a_predictor_names_what_is_not_finite(name: str, effort: object) -> None:
+    @effort
+    @given(
+        st.integers(0, 2),
+        st.integers(0, 20),
+        st.integers(0, 2),
+        NOT_FINITE,
+        st.sampled_from(DTYPES),
+    )
+    def holds(cloud: int, point: int, axis: int, number: float, dtype: torch.dtype) -> None:
+        points, _ = Spec(batch=3, count=21, dtype=dtype).build()
+        clean = points.clone()
+        points[cloud, point, axis] = number
+        module = predictor(name, dtype).eval()
+        with pytest.raises(InputError, match=rf"points\[{cloud}, {point}\]"):
+            answer(module, points, None)
+        mask = torch.ones(3, 21, dtype=torch.bool)
+        mask[cloud, point] = False
+        hidden = answer(module, points, mask)
+        assert hidden.isfinite().all()
+        torch.testing.assert_close(hidden, answer(module, clean, mask), rtol=0, atol=0)
+
+    holds()
+
+
 def test_squared_distances_beyond_the_dtype_leave_no_nan() -> None:
     """Padding may be so far from all coarse points that no weight of its interpolation is left."""
     spec = Spec(shape="line", batch=2, count=3, scale=1e20, offset=1e6, mask="half", seed=8699)
