@@ -371,10 +371,10 @@ def in_batches(
         raise InputError(f"batch_size is {batch_size}; choose at least 1")
     if num_workers < 0:
         raise InputError(f"num_workers is {num_workers}; choose 0, which reads here, or more")
-    batches = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+    batches = _dealt(chosen, batch_size) if distributed else _cut(chosen, batch_size)
     return DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=_dealt(batches) if distributed else batches,
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
         generator=torch.Generator(),  # the loader draws a seed: not from the user's stream
@@ -410,15 +410,18 @@ class _Walk(NamedTuple):
     sizes: set[int]
 
 
-def _dealt(batches: list[list[int]]) -> list[list[int]]:
-    """The batches of this process."""
+def _cut(chosen: list[int], size: int) -> list[list[int]]:
+    return [chosen[first : first + size] for first in range(0, len(chosen), size)]
+
+
+def _dealt(chosen: list[int], batch_size: int) -> list[list[int]]:
+    """The batches of this process, smaller than asked where that leaves one for each."""
     rank, world = processes.get_rank(), processes.get_world_size()
-    if len(batches) < world:
+    if len(chosen) < world:
         raise InputError(
-            f"{len(batches)} batches cannot be divided among {world} processes: "
-            "choose a smaller batch_size, or start fewer"
+            f"{len(chosen)} clouds cannot be divided among {world} processes: start fewer"
         )
-    return batches[rank::world]
+    return _cut(chosen, min(batch_size, len(chosen) // world))[rank::world]
 
 
 def _of_all_processes(walk: _Walk) -> _Walk:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import pointcanon as pc
 from pointcanon import checkpoint, files
+from pointcanon.canonicalizers import PCA, Optimized
 from pointcanon.cli import main
 from pointcanon.datasets.parametric import ParametricShapes
 from pointcanon.errors import CheckpointError, DataError, PointcanonError, UsageError
@@ -278,6 +279,65 @@ def test_a_reader_that_dies_is_named_by_every_command(
     arguments = [command, str(tmp_path / "model.safetensors"), *given[command], "--device", "cpu"]
     assert main([*arguments, "--num_workers", "1"]) == 1
     assert "a process that reads data died" in capsys.readouterr().err
+
+
+INTERRUPTED = {
+    "predict": "model.safetensors clouds --json found.jsonl --batch_size 2",
+    "canonicalize": "model.safetensors clouds --out found --batch_size 2",
+    "eval": "model.safetensors --data.name parametric-shapes --protocol I/SO3 --data.num_points 30 "
+    "--limit 40 --batch_size 4 --json found",
+    "audit": "model.safetensors --data.name parametric-shapes --data.num_points 30 "
+    "--limit 40 --batch_size 4 --json found",
+    "adapt": "model.safetensors clouds --epochs 3 --batch_size 1 --out found.safetensors",
+}
+
+
+@pytest.mark.parametrize("command", INTERRUPTED)
+def test_ctrl_c_is_one_line_and_leaves_no_torn_file(
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+    monkeypatch.setattr(
+        "pointcanon.train.adapt.recommended",
+        lambda classes: Optimized(PCA(24), 2, classes=classes, **sizes),
+    )
+    predictor = pc.predictors.create("pointnet", num_classes=16, widths=(8, 8), embedding=8)
+    pc.Canonicalized(predictor, PCA(1)).save("model.safetensors")
+    Path("clouds").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        np.save(f"clouds/{number:02}.npy", generator.normal(size=(30, 3)))
+    asked = 0
+    whole = PCA.propose
+
+    def pressed(canonicalizer: PCA, *given: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(canonicalizer, *given)
+
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(PCA, "propose", pressed)
+            arguments = [command, *INTERRUPTED[command].split(), "--device", "cpu"]
+            assert main(arguments) == 1
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert asked >= 4
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1] == "pointcanon: interrupted"
+    assert not any("Traceback" in line for line in said)
+    after = [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
+    assert not [path for path in after if path.name.endswith(".tmp")]
+    if command in ("eval", "audit", "adapt"):
+        assert after == []
 
 
 def test_batch_norm_is_not_synchronised_by_torch(tmp_path: Path) -> None:

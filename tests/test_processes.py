@@ -25,6 +25,8 @@ from pointcanon.canonicalizers import PCA, VectorNeuron
 from pointcanon.cli import main
 from pointcanon.datasets.collate import collate
 from pointcanon.datasets.parametric import ParametricShapes
+from pointcanon.errors import InputError
+from pointcanon.eval import evaluate
 from pointcanon.eval.scores import Tally, tally_for
 from pointcanon.frames import Frames
 from pointcanon.layers.pointwise import BatchNorm, synchronise
@@ -331,8 +333,31 @@ def test_what_several_count_adds_up(parts: bool) -> None:
             assert found.per_class[name] == pytest.approx(expected.per_class[name], rel=1e-12)
 
 
+@pytest.mark.parametrize("clouds", [2, 3, 13, 64])
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_process_gets_a_batch(
+    world: int, clouds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate.processes, "get_world_size", lambda: world)
+    for batch_size in (1, 5, 64):
+        shares = []
+        for rank in range(world):
+            monkeypatch.setattr(evaluate.processes, "get_rank", lambda rank=rank: rank)
+            if clouds < world:
+                with pytest.raises(InputError, match=f"{clouds} clouds .* {world} processes"):
+                    evaluate._dealt(list(range(clouds)), batch_size)
+                continue
+            shares.append(evaluate._dealt(list(range(clouds)), batch_size))
+        if shares:
+            assert all(shares)
+            assert sorted(n for share in shares for batch in share for n in batch) == list(
+                range(clouds)
+            )
+            assert max(len(batch) for share in shares for batch in share) <= batch_size
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
 @pytest.mark.parametrize("kind", ["pointnet", "pointnet-parts"])
 def test_two_processes_evaluate_as_one_does(kind: str, batch_size: int, tmp_path: Path) -> None:
     shapes = ParametricShapes("test", num_points=48)
