@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,3 +68,37 @@ def test_no_more_of_them_are_looked_at(few: int, monkeypatch: pytest.MonkeyPatch
     for size in (99, 100, 101, 5000):
         PCA()(torch.randn(2, size, 3))
     assert [shape[1] for shape in seen] == [99, few, few, few]
+
+
+TEN_MILLION = """
+import resource, torch
+from pointcanon import canonicalizers, testing
+
+canonicalizer = {make}.eval()
+surface = testing.surface_clouds(1, 4096, torch.Generator().manual_seed(0))
+with torch.no_grad():
+    canonicalizer(surface)
+    points = surface[:, torch.arange(10_000_000) % 4096]
+    points += 0.01 * torch.randn(points.shape)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    frames = canonicalizer(points)
+testing.assert_proper(frames)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss has another unit")
+@pytest.mark.parametrize(
+    "make",
+    [
+        "canonicalizers.PCA(24)",
+        "canonicalizers.VectorNeuron()",
+        "canonicalizers.pretrained.load('modelnet40')",
+    ],
+)
+def test_ten_million_points_take_bounded_memory(make: str) -> None:
+    script = TEN_MILLION.format(make=make)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 512 * 1024  # KiB; the cloud itself has 114 MiB
