@@ -94,6 +94,67 @@ def test_a_canonicalizer_is_chosen_by_its_name(predictor: Path, tmp_path: Path) 
     assert isinstance(model.canonicalizer, pc.canonicalizers.VectorNeuron)
 
 
+POINTNET = """
+        class_path: pointcanon.predictors.PointNet
+        init_args: {num_classes: 8, widths: [8, 8], embedding: 8}"""
+
+BY_NAME = {
+    "Identity": "{}",
+    "PCA": "{poses: 4, weighting: smooth}",
+    "Manhattan": "{poses: 1, k: 6}",
+    "VectorNeuron": "{k: 4, orthonormalise: svd}",
+    "Steerable": "{channels: 4, layers: 1, k: 8, num_points: 24}",
+    "Union": """
+      parts:
+      - class_path: pointcanon.canonicalizers.PCA
+      - class_path: pointcanon.canonicalizers.Manhattan""",
+    "Orbit": """
+      canonicalizer: {class_path: pointcanon.canonicalizers.PCA, init_args: {poses: 1}}
+      group: C2
+      axis: [0, 0, 1]""",
+    "Optimized": "{keep: 2, scorer_widths: [8, 8], refiner_widths: [8, 8]}",
+    "Contrastive": f"""
+      proposal: {{class_path: pointcanon.canonicalizers.PCA, init_args: {{poses: 4}}}}
+      network:{POINTNET}""",
+    "ForGroup": """
+      canonicalizer: {class_path: pointcanon.canonicalizers.PCA, init_args: {poses: 1}}
+      group: SO2
+      axis: 2
+      scale: true""",
+}
+"""Each canonicalizer, as a recipe writes it."""
+
+
+def test_every_canonicalizer_has_been_written_down() -> None:
+    # Search is the one that no training runs, and says so
+    assert {*BY_NAME, "Search"} == set(pc.canonicalizers.CANONICALIZERS)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_recipe_trains_before_any_canonicalizer(name: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""\
+model:
+  predictor: pointnet
+  predictor_options: {{embedding: 8, widths: [8, 8]}}
+  trained: joint
+  canonicalizer:
+    class_path: pointcanon.canonicalizers.{name}
+    init_args: {BY_NAME[name]}
+  prior: {{class_path: pointcanon.priors.Aligned}}
+"""
+    )
+    options = [*TINY, "--data.name=parametric-shapes", "--trainer.limit_train_batches=1"]
+    folder = _train(str(recipe), tmp_path / "run", *options)
+    if name == "Identity":  # what is kept is a predictor
+        assert pc.predictors.load(folder / "best.safetensors").classes
+        return
+    model = pc.load(folder / "best.safetensors")
+    assert type(model.canonicalizer) is pc.canonicalizers.CANONICALIZERS[name]
+    assert model(torch.randn(2, 30, 3)).isfinite().all()
+
+
 def test_a_joint_recipe_trains_both(tmp_path: Path) -> None:
     folder = _train("shapes-pointnet-joint", tmp_path, *TINY_POINTNET)
     assert pc.load(folder / "best.safetensors").classes
