@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 import pointcanon as pc
 from pointcanon import checkpoint, clouds, rotations, testing
 from pointcanon.canonicalizers import PCA, ForGroup, Search, search
+from pointcanon.cli.options import with_options
 from pointcanon.energies import Entropy, FeatureDistance, FreeEnergy, MaxLogit
-from pointcanon.errors import CheckpointError, InputError, NotFiniteError
+from pointcanon.errors import CheckpointError, InputError, NotFiniteError, UsageError
 from pointcanon.predictors import PointNet
 
 
@@ -360,3 +362,22 @@ def test_bad_features_are_one_clear_error() -> None:
         FeatureDistance(0, [])
     with pytest.raises(InputError, match="temperature is -1"):
         FreeEnergy(-1)
+
+
+@pytest.mark.parametrize("kind", [FreeEnergy, Entropy, MaxLogit])
+def test_the_command_line_chooses_an_energy_by_its_name(kind: type[nn.Module]) -> None:
+    text = json.dumps({"energy": kind.__name__, "budget": 12, "gate": -2.0})
+    search = with_options(Search(), text)
+    assert isinstance(search, Search)
+    assert type(search.energy) is kind
+    assert (search.options["energy"], search.budget, search.gate) == (kind.__name__, 12, -2.0)
+    by_path = '{"energy": {"class_path": "pointcanon.energies.FreeEnergy", "init_args": '
+    cold = with_options(Search(), by_path + '{"temperature": 0.5}}}')
+    assert isinstance(cold, Search)
+    assert isinstance(cold.energy, FreeEnergy)
+    assert cold.energy.temperature == 0.5
+
+
+def test_an_energy_that_there_is_not_is_named() -> None:
+    with pytest.raises(UsageError, match=r"--canonicalizer_options, Search: .*energy.*Joy"):
+        with_options(Search(), '{"energy": "Joy"}')

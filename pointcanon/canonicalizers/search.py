@@ -92,6 +92,10 @@ class Search(Canonicalizer):
         names = ("network", "energy", "budget", "proposal", "keep", "temperature", "gate")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def options(self) -> dict[str, object]:
+        return {**super().options, "energy": type(self.energy).__name__}
+
     def train(self, mode: bool = True) -> Search:
         super().train(mode)
         if self.network is not None:

@@ -254,7 +254,8 @@ def with_options(canonicalizer: Canonicalizer, text: str | None) -> Canonicalize
         typed = parser.parse_object(
             {name: value for name, value in options.items() if name in known}, defaults=False
         )
-        return canonicalizer.with_options(**{**options, **typed.as_dict()})
+        made = parser.instantiate(typed)  # an energy is a module
+        return canonicalizer.with_options(**{**options, **made.as_dict()})
     except (InputError, jsonargparse.ArgumentError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--canonicalizer_options, {kind.__name__}: {reason}") from error
