@@ -16,6 +16,7 @@ from pointcanon.canonicalizers import (
     PCA,
     Canonicalizer,
     Contrastive,
+    Identity,
     Optimized,
     Orbit,
     VectorNeuron,
@@ -86,6 +87,26 @@ def test_any_network_and_any_proposal_will_do(network: nn.Module, proposal: Cano
     width = 6 if isinstance(network, Counting) else None
     module = Contrastive(network, proposal, width).double()
     testing.assert_equivariant(module, testing.generic_clouds(10, 40, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("C4", (0, 0, 1)), ("C5", (1, 2, 3)), ("T", None), ("O", None), ("I", None)]
+)
+def test_over_a_finite_group_alone_as_in_the_paper(
+    name: str, axis: tuple[int, int, int] | None
+) -> None:
+    """With no coarse frame it is equivariant to that group, and to that group alone."""
+    torch.manual_seed(0)
+    orbit = Orbit(Identity(), name, axis)
+    module = Contrastive(PointNet(7, widths=(8, 8), embedding=16), orbit).double().eval()
+    points = testing.generic_clouds(6, 40, dtype=torch.float64)
+    found = module(points).rotations[:, 0]
+    for element in orbit.elements:
+        turned = module(product(points, element.mT.expand(6, 3, 3))).rotations[:, 0]
+        torch.testing.assert_close(turned, element @ found, rtol=0, atol=1e-9)
+    other = rotations.random_rotations(6, dtype=torch.float64)
+    turned = module(product(points, other.mT)).rotations[:, 0]
+    assert (turned - other @ found).abs().amax(dim=(1, 2)).min() > 1e-3
 
 
 def test_it_learns_the_pose_of_its_data() -> None:
