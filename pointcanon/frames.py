@@ -261,6 +261,21 @@ class Frames:
             weights = (weights - entropy).log_softmax(dim=1)
         return (weights + log_probabilities).logsumexp(dim=1)
 
+    def vote_by_agreement(self, logits: Tensor, opinion: Tensor) -> Tensor:
+        """The logits ``(B, C)`` of the candidate that agrees most with another opinion.
+
+        Two distributions agree by the probability that draws from them are the same,
+        ``sum_c p(c) q(c)``. Candidates without weight do not count; of equals the first does.
+
+        Args:
+            logits: ``(B, K, C)``, of each candidate.
+            opinion: ``(B, C)`` log-probabilities.
+        """
+        agreement = (logits.log_softmax(dim=-1) + opinion[:, None]).logsumexp(dim=-1)
+        agreement = agreement.masked_fill(self.log_weights == -torch.inf, -torch.inf)
+        chosen = agreement.argmax(dim=1)[:, None, None].expand(-1, 1, logits.shape[-1])
+        return logits.gather(1, chosen)[:, 0]
+
 
 def _gather(matrices: Tensor, index: Tensor) -> Tensor:
     """Matrices ``index (B, M)`` of ``(B, K, 3, C)``."""

@@ -20,8 +20,11 @@ from pointcanon.predictors.base import TRAINED_ON, PartPredictor
 
 __all__ = ["RECOMMENDED_VOTE", "Canonicalized", "Prediction", "Vote", "load"]
 
-Vote: TypeAlias = Literal["probabilities", "certainty", "product", "mean"]
+Vote: TypeAlias = Literal["probabilities", "certainty", "agreement", "product", "mean"]
 """How the outputs of several frames are joined."""
+
+HEEDING: tuple[Vote, ...] = ("agreement", "product")
+"""Those that heed what the canonicalizer itself takes a cloud for."""
 
 RECOMMENDED_VOTE: Vote = "certainty"
 """Where nothing else is said, by ``adapt``, the recipes of ModelNet40 and the command line."""
@@ -69,14 +72,16 @@ class Canonicalized(nn.Module):
         vote: How the outputs of several frames are joined, cloud by cloud or point by point:
             ``"probabilities"`` takes outputs as logits and mixes the probabilities;
             ``"certainty"`` does, and a frame counts the more, the surer the predictor is there
-            (``Frames.vote_logits``); ``"product"`` multiplies the outcome of that by what the
-            canonicalizer itself takes the cloud for (``Frames.class_logits``), so that two networks
-            decide, a product of experts; ``"mean"`` averages the outputs as they are (frame
-            averaging). With one frame all but ``"product"`` leave the output as it is.
+            (``Frames.vote_logits``). Two heed what the canonicalizer itself takes the cloud for
+            (``Frames.class_logits``): ``"agreement"`` is the predictor's answer in the one frame in
+            which it agrees most with that, so that the predictor alone decides, in the pose that
+            the other prefers; ``"product"`` multiplies it by the outcome of ``"certainty"``, so
+            that two networks decide, a product of experts. ``"mean"`` averages the outputs as they
+            are (frame averaging). With one frame all but ``"product"`` leave the output as it is.
 
     Raises:
-        InputError: On any other vote, or ``"product"`` for a network that labels parts or knows
-            other classes than the canonicalizer.
+        InputError: On any other vote, or ``"agreement"`` or ``"product"`` for a network that labels
+            parts or knows other classes than the canonicalizer.
     """
 
     def __init__(
@@ -88,13 +93,8 @@ class Canonicalized(nn.Module):
         super().__init__()
         if vote not in get_args(Vote):
             raise InputError(f"vote is {vote!r}; choose one of {', '.join(get_args(Vote))}")
-        if vote == "product" and isinstance(predictor, PartPredictor):
-            raise InputError(
-                f"vote is 'product', and {type(predictor).__name__} labels parts, which no "
-                f"canonicalizer knows: choose {RECOMMENDED_VOTE!r}"
-            )
-        if vote == "product":
-            _check_classes(predictor, canonicalizer)
+        if vote in HEEDING:
+            _check_classes(predictor, canonicalizer, vote)
         self.predictor = predictor
         self.canonicalizer = canonicalizer
         for part in canonicalizer.modules():
@@ -185,20 +185,24 @@ class Canonicalized(nn.Module):
             return frames.vote(outputs)
         if self.vote == "probabilities":
             return frames.vote_logits(outputs)
+        if self.vote == "agreement":
+            return frames.vote_by_agreement(outputs, self._opinion(frames, outputs))
         logits = frames.vote_logits(outputs, by_certainty=True)
-        return self._with_opinion(frames, logits) if self.vote == "product" else logits
+        if self.vote == "product":
+            return logits.log_softmax(dim=-1) + self._opinion(frames, outputs)
+        return logits
 
-    def _with_opinion(self, frames: Frames, logits: Tensor) -> Tensor:
-        """Logits ``(B, C)`` times what the canonicalizer takes the clouds for, unnormalised."""
-        opinion = frames.class_logits
-        if opinion is None or opinion.shape != logits.shape:
+    def _opinion(self, frames: Frames, outputs: Tensor) -> Tensor:
+        """Log-probabilities ``(B, C)`` of what the canonicalizer takes the clouds for."""
+        opinion, told = frames.class_logits, outputs.shape[-1]
+        if opinion is None or outputs.ndim != 3 or opinion.shape[1] != told:
             known = "no" if opinion is None else opinion.shape[1]
             raise InputError(
-                f"vote is 'product', and the canonicalizer knows {known} classes where the "
-                f"predictor tells {logits.shape[1]} apart: train Optimized(classes="
-                f"{logits.shape[1]}), or choose vote {RECOMMENDED_VOTE!r}"
+                f"vote is {self.vote!r}, and the canonicalizer knows {known} classes where the "
+                f"predictor tells {told} apart: train Optimized(classes={told}), or choose vote "
+                f"{RECOMMENDED_VOTE!r}"
             )
-        return logits.log_softmax(dim=-1) + opinion.to(logits.dtype).log_softmax(dim=-1)
+        return opinion.to(outputs.dtype).log_softmax(dim=-1)
 
     def _asked(self, frames: Frames) -> Tensor | None:
         """Which frames ``(B, K)`` have a say in the vote; None asks them all.
@@ -352,8 +356,13 @@ def _common_frame(predictor: nn.Module, canonicalizer: Canonicalizer) -> str | N
     )
 
 
-def _check_classes(predictor: nn.Module, canonicalizer: Canonicalizer) -> None:
-    """Refuse to multiply what two networks say of classes that have other names."""
+def _check_classes(predictor: nn.Module, canonicalizer: Canonicalizer, vote: Vote) -> None:
+    """Refuse to compare what two networks say of classes that have other names."""
+    if isinstance(predictor, PartPredictor):
+        raise InputError(
+            f"vote is {vote!r}, and {type(predictor).__name__} labels parts, which no "
+            f"canonicalizer knows: choose {RECOMMENDED_VOTE!r}"
+        )
     ours: Sequence[str] | None = getattr(predictor, "classes", None)
     theirs = canonicalizer.class_names
     if ours is None or theirs is None or list(ours) == list(theirs):
@@ -361,7 +370,7 @@ def _check_classes(predictor: nn.Module, canonicalizer: Canonicalizer) -> None:
     place = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if pair[0] != pair[1])
     names = [repr(names[place]) if place < len(names) else "none" for names in (ours, theirs)]
     raise InputError(
-        f"vote is 'product', and class {place} is {names[0]} for the predictor, {names[1]} for the "
+        f"vote is {vote!r}, and class {place} is {names[0]} for the predictor, {names[1]} for the "
         f"canonicalizer: choose {RECOMMENDED_VOTE!r}, or train a canonicalizer on the same classes"
     )
 

@@ -414,14 +414,21 @@ def recommended() -> pc.canonicalizers.Canonicalizer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [".onnx", ".pt2"])
-@pytest.mark.parametrize("make", [recommended, lambda: pc.canonicalizers.load("modelnet40")])
-def test_what_is_recommended(make: Any, ending: str, tmp_path: Path, objects: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("make", "vote"),
+    [
+        (recommended, "product"),
+        (recommended, "agreement"),
+        (lambda: pc.canonicalizers.load("modelnet40"), "certainty"),
+    ],
+)
+def test_what_is_recommended(
+    make: Any, vote: Any, ending: str, tmp_path: Path, objects: Tensor
+) -> None:
     torch.manual_seed(0)
     predictor = pc.predictors.create("pointnet", num_classes=5, transforms=True)
     lively(predictor)
-    canonicalizer = make()
-    vote: Any = "product" if canonicalizer.classes == 5 else "certainty"
-    model = pc.Canonicalized(predictor, canonicalizer, vote).eval()
+    model = pc.Canonicalized(predictor, make(), vote).eval()
     differences = pc.export(model, tmp_path / f"model{ending}")
     assert differences["rotations"] < 1e-4
     for points in (objects[:1], objects[:3, :100]):

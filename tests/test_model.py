@@ -101,17 +101,52 @@ def test_the_canonicalizer_has_a_say_in_a_product_vote(answers: int) -> None:
         whole(points).softmax(dim=-1), product / product.sum(dim=-1, keepdim=True)
     )
     testing.assert_invariant(whole, points)
+
+
+def test_the_predictor_alone_answers_where_the_canonicalizer_agrees_most() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+    knowing = Optimized(keep=2, answers=4, classes=5, **sizes).double().eval()
+    whole = model(knowing, vote="agreement").double()
+    points = testing.generic_clouds(40, 64, dtype=torch.float64)
+    frames = knowing(points)
+    assert frames.class_logits is not None
+    answers = torch.stack([whole.predictor(posed) for posed in frames.apply(points).unbind(1)], 1)
+    same = (answers.softmax(dim=-1) * frames.class_logits.softmax(dim=-1)[:, None]).sum(dim=-1)
+    chosen = same.argmax(dim=1)
+    assert len(set(chosen.tolist())) > 1
+    torch.testing.assert_close(whole(points), answers[torch.arange(40), chosen])
+    testing.assert_invariant(whole, points)
+    # an answer that nobody asked for has no say
+    rare = knowing.with_options(negligible=0.999)
+    few = Canonicalized(whole.predictor, rare, "agreement").eval()
+    weighed = rare(points).log_weights > -torch.inf
+    assert not weighed.all()
+    chosen = same.masked_fill(~weighed, -1).argmax(dim=1)
+    torch.testing.assert_close(few(points), answers[torch.arange(40), chosen])
+    # of equals the heaviest
+    flat = frames.class_logits.new_zeros(40, 5).log_softmax(dim=-1)
+    torch.testing.assert_close(frames.vote_by_agreement(0 * answers, flat), 0 * answers[:, 0])
+
+
+@pytest.mark.parametrize("vote", ["agreement", "product"])
+def test_an_opinion_of_other_classes_is_refused(vote: Any) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+    knowing = Optimized(keep=2, classes=5, **sizes).double()
+    whole = model(knowing, vote=vote).double()
+    points = testing.generic_clouds(2, 64, dtype=torch.float64)
     strangers: list[Any] = [Optimized(keep=2, classes=7, **sizes).double(), PCA(4)]
     for stranger, known in zip(strangers, ("7", "no"), strict=True):
-        with pytest.raises(InputError, match=rf"knows {known} classes .* tells 5 apart"):
-            Canonicalized(whole.predictor, stranger, "product").eval()(points)
+        with pytest.raises(InputError, match=rf"{vote}.*knows {known} classes .* tells 5 apart"):
+            Canonicalized(whole.predictor, stranger, vote).eval()(points)
     knowing.class_names = CLASSES[::-1]
     whole.predictor.classes = CLASSES
     with pytest.raises(InputError, match="class 0 is 'chair' for the predictor, 'vase' for the"):
-        Canonicalized(whole.predictor, knowing, "product")
+        Canonicalized(whole.predictor, knowing, vote)
     parts = create("pointnet-parts", num_parts=4, num_categories=0)
     with pytest.raises(InputError, match="labels parts"):
-        Canonicalized(parts, knowing, "product")
+        Canonicalized(parts, knowing, vote)
 
 
 def test_identity_is_the_bare_predictor() -> None:

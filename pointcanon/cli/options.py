@@ -205,7 +205,8 @@ def add_vote(parser: argparse.ArgumentParser) -> None:
         "--vote",
         choices=get_args(Vote),
         help="how what the predictor says in several frames is joined, in place of the "
-        "checkpoint's own way; product heeds what the canonicalizer takes the cloud for as well",
+        "checkpoint's own way; agreement and product heed what the canonicalizer takes the cloud "
+        "for, to choose the pose or to decide with the predictor",
     )
 
 
