@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from canonicalizer import load_vnsmall, row_gram_schmidt
@@ -34,6 +37,7 @@ UNTRAINED = {
     "PCA(24)": lambda: canonicalizers.PCA(24),
     "PCA(24), smooth": lambda: canonicalizers.PCA(24, weighting="smooth"),
     "Manhattan(1)": lambda: canonicalizers.Manhattan(1),
+    "Manhattan(24)": lambda: canonicalizers.Manhattan(24),
     "VectorNeuron, small": lambda: canonicalizers.VectorNeuron("small"),
     "Steerable": lambda: canonicalizers.Steerable(),
     "Optimized": lambda: canonicalizers.Optimized(),
@@ -136,6 +140,28 @@ def expense(name: str, options: argparse.Namespace) -> dict[str, float]:
     }
 
 
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "frames": lambda row: f"{row['frames']}",
+    "ms": lambda row: f"{row['ms']:.2g}",
+    "MiB": lambda row: f"{row['extra_mib']:.0f}",
+    "float32 p50 / p99 / max": lambda row: " / ".join(
+        f"{row[f'float32_{of}']:.0e}" for of in ("p50", "p99", "max")
+    ),
+    "float64 max": lambda row: f"{row['float64_max']:.0e}",
+    "other half": lambda row: f"{100 * row['halves_within_10']:.0f} %",
+    "noise": lambda row: f"{100 * row['noise_within_10']:.0f} %",
+    "up within 10°": lambda row: f"{100 * row['up_within_10']:.0f} %",
+    "median angle": lambda row: f"{row['pose_median']:.0f}°",
+}
+
+
+def table(report: dict[str, dict[str, Any]]) -> str:
+    """The figures as Markdown."""
+    lines = [["", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+    lines += [[name, *(cell(row) for cell in COLUMNS.values())] for name, row in report.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def plot(report: dict[str, dict[str, object]], path: Path) -> None:
     """Share of clouds whose up axis is found within an angle, against the angle."""
     import matplotlib
@@ -180,21 +206,13 @@ def main() -> None:
     names = [*UNTRAINED, *(["Search"] if options.predictor else [])]
     names += ["equiadapt VNSmall"] if options.equiadapt else []
     names += [entry.split("=", 1)[0] for entry in options.model]
-    report: dict[str, dict[str, object]] = {}
+    report: dict[str, dict[str, Any]] = {}
     for name in options.only or names:
         given = argparse.Namespace(**{k: v for k, v in vars(options).items() if k != "only"})
         given.json = given.plot = None
         report[name] = {**in_a_process(__file__, given, expense=name), **quality(name, options)}
-        row = report[name]
-        print(
-            f"{name:24} K {row['frames']:>3} {row['ms']:7.2f} ms {row['extra_mib']:6.0f} MiB"
-            f"  f32 {row['float32_p50']:.1e}/{row['float32_p99']:.1e}/{row['float32_max']:.1e}"
-            f"  f64 {row['float64_max']:.0e}"
-            f"  halves {row['halves_median']:5.1f} deg, {100 * row['halves_within_10']:.0f} %"
-            f"  noise {row['noise_median']:5.1f} deg, {100 * row['noise_within_10']:.0f} %"
-            f"  up {100 * row['up_within_10']:.0f} %, pose {row['pose_median']:.0f} deg",
-            flush=True,
-        )
+        print(f"{name}: {report[name]['ms']:.2f} ms", file=sys.stderr, flush=True)
+    print(table(report))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     if options.plot is not None:
