@@ -173,6 +173,8 @@ def test_learning_in_bfloat16_stays_near() -> None:
         ({"points": 0}, "points is 0; choose at least 1"),
         ({"looks": 0}, "looks is 0; choose at least 1"),
         ({"negligible": 1.0}, r"negligible is 1.0; choose a share in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout is 1.0; choose a share in \[0, 1\)"),
+        ({"class_dropout": -0.1}, r"class_dropout is -0.1; choose a share in \[0, 1\)"),
         ({"scorer_hidden": 0}, "hidden is 0"),
         ({"scorer_widths": (32,)}, r"widths is \(32,\); give at least two"),
         ({"refiner_widths": (32, 0)}, r"widths is \(32, 0\)"),
@@ -181,6 +183,30 @@ def test_learning_in_bfloat16_stays_near() -> None:
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Optimized(**options)
+
+
+def test_features_are_left_out_in_training_alone() -> None:
+    orbit, points = rotations.group("O"), testing.generic_clouds(3, 40)
+    poses = orbit.expand(3, 24, 3, 3)
+
+    def scored(training: bool, **options: float) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        net = OrbitNet(orbit, (8, 16), 32, 8, classes=5, **options).train(training)
+        torch.manual_seed(1)
+        scores, classes = net(points, poses)
+        assert classes is not None
+        return scores.detach(), classes.detach()
+
+    both = {"dropout": 0.5, "class_dropout": 0.5}
+    for found, expected in zip(scored(False, **both), scored(False), strict=True):
+        assert torch.equal(found, expected)
+    plain_scores, plain_classes = scored(True)
+    scores, classes = scored(True, dropout=0.5)
+    assert torch.equal(classes, plain_classes)
+    assert not torch.isclose(scores, plain_scores).any()
+    scores, classes = scored(True, class_dropout=0.5)
+    assert torch.equal(scores, plain_scores)
+    assert not torch.isclose(classes, plain_classes).any()
 
 
 class Two(Canonicalizer):

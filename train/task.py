@@ -108,7 +108,7 @@ class CloudTask(lightning.LightningModule):
         protocol: Train and test poses, such as ``z/SO3``.
         augmentation: Of the clouds, before they are turned; or the name of one of
             :data:`pointcanon.datasets.augment.AUGMENTATIONS`.
-        label_smoothing: Of the cross-entropy.
+        label_smoothing: Of both cross-entropies, the predictor's and the canonicalizer's.
         optimizer: ``adamw``, or ``sgd`` with momentum 0.9.
         learning_rate: At its highest.
         weight_decay: Of the optimizer.
@@ -296,7 +296,8 @@ class CloudTask(lightning.LightningModule):
             loss = loss + self.task_weight * task
         if self.class_weight > 0:
             assert frames.class_logits is not None  # as many as there are classes
-            loss = loss + self.class_weight * _cross_entropy(frames.class_logits, batch["label"])
+            told = _cross_entropy(frames.class_logits, batch["label"], self.label_smoothing)
+            loss = loss + self.class_weight * told
         return loss + self._pose_loss(frames, batch["points"], turn, starts)
 
     def _pose_loss(

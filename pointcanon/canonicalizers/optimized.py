@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pointcanon import clouds
 from pointcanon.canonicalizers.base import Canonicalizer
@@ -97,6 +98,8 @@ class OrbitNet(nn.Module):
         vectors: Given of each point.
         tensors: Given of each point, as in ``layers.posed_linear``.
         classes: To be told apart besides; None for none.
+        dropout: Of the features of each pose before they are scored.
+        class_dropout: Before both layers that tell the classes.
 
     Raises:
         InputError: On fewer than two widths, a number below 1, or matrices that are no group.
@@ -111,11 +114,13 @@ class OrbitNet(nn.Module):
         vectors: int = 1,
         tensors: int = 0,
         classes: int | None = None,
+        dropout: float = 0.0,
+        class_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if min(hidden, mixed) < 1:
             raise InputError(f"hidden is {hidden}, mixed {mixed}; choose at least 1")
-        self.size = len(group)
+        self.size, self.dropout, self.class_dropout = len(group), dropout, class_dropout
         self.features = CriticalMax(widths, vectors, tensors)
         self.normed = nn.LayerNorm(widths[-1])
         self.first = GroupConv(group, widths[-1], hidden)
@@ -148,8 +153,18 @@ class OrbitNet(nn.Module):
             orbit = self.first_normed(self.first(orbit).relu())
             orbit = self.second_normed(orbit + self.second(self.mix(orbit)).relu())
         orbit = orbit.to(points.dtype).flatten(1, 2)
-        recognised = None if self.recognise is None else self.recognise(orbit.amax(dim=1))
-        return self.score(orbit)[..., 0], recognised
+        recognised = None if self.recognise is None else self._recognised(orbit.amax(dim=1))
+        return self.score(functional.dropout(orbit, self.dropout, self.training))[
+            ..., 0
+        ], recognised
+
+    def _recognised(self, features: Tensor) -> Tensor:
+        assert self.recognise is not None
+        hidden, rectify, told = self.recognise
+        features = functional.dropout(features, self.class_dropout, self.training)
+        features = rectify(hidden(features))
+        logits: Tensor = told(functional.dropout(features, self.class_dropout, self.training))
+        return logits
 
 
 class Optimized(Canonicalizer):
@@ -186,6 +201,8 @@ class Optimized(Canonicalizer):
             longer exactly equivariant, as it looks at the pose in which the cloud arrived.
         classes: How many classes the scorer learns to tell apart besides (``Frames.class_logits``):
             knowing what a thing is helps to see how it stands. None learns poses alone.
+        dropout: Share of the scorer's features of a pose that are left out in training.
+        class_dropout: The same of those by which it tells the classes.
         negligible: Of the answers, those that weigh less than this share of the heaviest one get no
             weight at all, and a ``Canonicalized`` does not ask its predictor about them.
 
@@ -209,6 +226,8 @@ class Optimized(Canonicalizer):
         gate: float | None = None,
         negligible: float = 0.0,
         classes: int | None = None,
+        dropout: float = 0.0,
+        class_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -221,13 +240,19 @@ class Optimized(Canonicalizer):
         ):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; choose at least {least}")
-        if not 0 <= negligible < 1:
-            raise InputError(f"negligible is {negligible}; choose a share in [0, 1)")
+        for name, share in (
+            ("negligible", negligible),
+            ("dropout", dropout),
+            ("class_dropout", class_dropout),
+        ):
+            if not 0 <= share < 1:
+                raise InputError(f"{name} is {share}; choose a share in [0, 1)")
         self.proposal = Union([Manhattan(), PCA(24)]) if proposal is None else proposal
         self.keep, self.steps, self.answers = keep, steps, answers
         self.points, self.looks, self.gate, self.negligible = points, looks, gate, negligible
         self.scorer_widths, self.scorer_hidden = tuple(scorer_widths), scorer_hidden
         self.refiner_widths, self.classes = tuple(refiner_widths), classes
+        self.dropout, self.class_dropout = dropout, class_dropout
         self.register_buffer("group", self.proposal.candidate_group, persistent=False)
         self.scorer = OrbitNet(
             self.group,
@@ -236,6 +261,8 @@ class Optimized(Canonicalizer):
             vectors=VECTORS,
             tensors=TENSORS,
             classes=classes,
+            dropout=dropout,
+            class_dropout=class_dropout,
         )
         self.refiner = PoseNet(refiner_widths, outputs=8, vectors=VECTORS, tensors=TENSORS)
         for weight in self.refiner.head[-1].parameters():
@@ -256,6 +283,8 @@ class Optimized(Canonicalizer):
             "gate": self.gate,
             "negligible": self.negligible,
             "classes": self.classes,
+            "dropout": self.dropout,
+            "class_dropout": self.class_dropout,
         }
 
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
