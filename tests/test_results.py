@@ -97,7 +97,7 @@ TABLES = {
     "nearest candidate, 500 validation clouds": "candidates.py",
     "accuracy of points / mean IoU of labels %": "pointcanon eval",
     "DGCNN": "dgcnn.py",
-    "": "methods.py canonicalizer.py dgcnn.py pointnet2.py",  # and trials, said to be such
+    "": "methods.py canonicalizer.py dgcnn.py pointnet2.py soak.py",  # and trials, said to be such
 }
 """By the first word of its heading, what prints a table."""
 
