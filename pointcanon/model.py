@@ -18,16 +18,17 @@ from pointcanon.frames import Frames
 from pointcanon.portable import exporting
 from pointcanon.predictors.base import TRAINED_ON, PartPredictor
 
-__all__ = ["RECOMMENDED_VOTE", "Canonicalized", "Prediction", "Vote", "load"]
+__all__ = ["HEEDING", "RECOMMENDED_VOTE", "Canonicalized", "Prediction", "Vote", "load"]
 
 Vote: TypeAlias = Literal["probabilities", "certainty", "agreement", "product", "mean"]
 """How the outputs of several frames are joined."""
 
 HEEDING: tuple[Vote, ...] = ("agreement", "product")
-"""Those that heed what the canonicalizer itself takes a cloud for."""
+"""Those that heed what the canonicalizer itself takes a cloud for. ``"agreement"`` is the choice of
+``adapt`` and of recipes, where it has learned the predictor's own classes."""
 
 RECOMMENDED_VOTE: Vote = "certainty"
-"""Where nothing else is said, by ``adapt``, the recipes of ModelNet40 and the command line."""
+"""Of any canonicalizer, where nothing else is said on the command line."""
 
 
 class Prediction(NamedTuple):

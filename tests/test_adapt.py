@@ -226,6 +226,7 @@ def test_adapt_teaches_the_classes(corners: tuple[Tensor, Tensor]) -> None:
     def head(epochs: int) -> Tensor:
         options: dict[str, Any] = {"epochs": epochs, "batch_size": 4, "progress": False}
         model = pc.adapt(Corner(), corners[0][:12], canonicalizer=small(6), **options)
+        assert model.vote == "agreement"
         return model.canonicalizer.scorer.recognise[0].weight  # type: ignore[union-attr]
 
     assert not torch.equal(head(1), small(6).scorer.recognise[0].weight)
@@ -255,6 +256,7 @@ def test_a_single_frame_is_taught(name: str, corners: tuple[Tensor, Tensor]) -> 
         for each in (untaught, model.canonicalizer)
     )
     assert after < 10 < 20 < before
+    assert model.vote == "certainty"
     losses = [loss for _, loss in model.history.losses]
     assert min(losses) < losses[0] - 1
     if name == "matrix-fisher":

@@ -21,10 +21,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+import pointcanon as pc
 from pointcanon import checkpoint, predictors, rotations
 from pointcanon.canonicalizers import PCA, Canonicalizer
 from pointcanon.cli import main
 from pointcanon.cli.evaluate import run
+from pointcanon.cli.options import open_model
 from pointcanon.coordinates import COORDINATE_FRAMES, convert
 from pointcanon.coordinates import coordinate_frame as frame_named
 from pointcanon.datasets import CloudItem
@@ -597,6 +599,20 @@ def test_the_command_refuses_a_mirrored_copy_of_the_data(
     arguments = [checkpoints[which], *SHAPES_DATA, "--protocol", "I/SO3", *bare]
     with pytest.raises(CheckpointError, match=r"z-up.*y-up-mirrored.*--data.coordinate_frame z-up"):
         run([*arguments, "--data.coordinate_frame", "y-up-mirrored"])
+
+
+def test_a_canonicalizer_put_in_place_of_another_need_know_no_classes(tmp_path: Path) -> None:
+    sizes = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+    knowing = pc.canonicalizers.Optimized(keep=2, classes=5, **sizes)  # type: ignore[arg-type]
+    predictor = pc.predictors.create("pointnet", num_classes=5, widths=(8, 8), embedding=8)
+    file = tmp_path / "model.safetensors"
+    pc.Canonicalized(predictor, knowing, "agreement").save(file)
+    assert open_model(file).vote == "agreement"
+    assert open_model(file, None, '{"answers": 2}').vote == "agreement"
+    assert open_model(file, "PCA").vote == "certainty"
+    assert open_model(file, "PCA", None, "mean").vote == "mean"
+    pc.Canonicalized(predictor, pc.canonicalizers.PCA(4), "mean").save(file)
+    assert open_model(file, "Manhattan").vote == "mean"
 
 
 BAD = {

@@ -16,6 +16,7 @@ import pointcanon as pc
 from pointcanon import checkpoint, datasets
 from pointcanon.cli import main
 from pointcanon.datasets.collate import collate
+from pointcanon.errors import UsageError
 from pointcanon.eval.protocols import random_pose
 from pointcanon.train.run import find_recipe, recipes, train
 from pointcanon.train.task import CloudTask, _turned
@@ -88,10 +89,17 @@ def test_a_canonicalizer_is_chosen_by_its_name(predictor: Path, tmp_path: Path) 
         "--model.canonicalizer.k=4",
         "--model.refinement_weight=0",
         "--model.class_weight=0",
+        "--model.vote=certainty",
     ]
     folder = _train("shapes-pointnet-canonicalizer", tmp_path, *options)
     model = pc.load(folder / "best.safetensors")
     assert isinstance(model.canonicalizer, pc.canonicalizers.VectorNeuron)
+
+
+def test_a_vote_that_heeds_nobody_is_refused(predictor: Path, tmp_path: Path) -> None:
+    options = [*TINY, f"--model.predictor={predictor}", "--model.class_weight=0"]
+    with pytest.raises(UsageError, match=r"vote agreement heeds .* class_weight is 0.*certainty"):
+        _train("shapes-pointnet-canonicalizer", tmp_path, *options)
 
 
 POINTNET = """

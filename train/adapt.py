@@ -41,7 +41,7 @@ from pointcanon.losses import (
     prior_loss,
     refinement_loss,
 )
-from pointcanon.model import RECOMMENDED_VOTE, Canonicalized
+from pointcanon.model import RECOMMENDED_VOTE, Canonicalized, Vote
 from pointcanon.predictors.base import TRAINED_ON, PartPredictor, Predictor
 from pointcanon.priors import Aligned, Mixture, Prior, Upright
 from pointcanon.rotations import product
@@ -99,10 +99,11 @@ class Adapted(Canonicalized):
         self,
         predictor: nn.Module,
         canonicalizer: Canonicalizer,
+        vote: Vote,
         report: Audit,
         history: Training,
     ) -> None:
-        super().__init__(predictor, canonicalizer, vote=RECOMMENDED_VOTE)
+        super().__init__(predictor, canonicalizer, vote)
         self.coordinate_frame = report.coordinate_frame
         self.report, self.history = report, history
 
@@ -200,14 +201,20 @@ def adapt(
         canonicalizer = canonicalizer or recommended(classes)
         canonicalizer.to(torch.promote_types(like.dtype, torch.float32))
         network.to(device)
-        history = Training(len(kept), len(out), 0, 0.0, "nothing to learn", ())
+        history, vote = (
+            Training(len(kept), len(out), 0, 0.0, "nothing to learn", ()),
+            RECOMMENDED_VOTE,
+        )
         if any(weight.requires_grad for weight in canonicalizer.parameters()):
+            classify = _classifier(network, canonicalizer, like.dtype)
+            if classify is not None:
+                vote = "agreement"
             history = _train(
                 PoseTask(
                     canonicalizer,
                     prior or usual_prior(given.coordinate_frame),
                     given.coordinate_frame.up_axis,
-                    classify=_classifier(network, canonicalizer, like.dtype),
+                    classify=classify,
                     learning_rate=learning_rate,
                     minutes=minutes,
                     seed=seed,
@@ -224,14 +231,14 @@ def adapt(
             )
     canonicalizer.to(device).eval()
     report = audit(
-        Canonicalized(network, canonicalizer, RECOMMENDED_VOTE),
+        Canonicalized(network, canonicalizer, vote),
         given.select(out),
         rotations=3,
         seed=seed,
         limit=200,
         progress=progress,
     )
-    return Adapted(network, canonicalizer, report, history).eval()
+    return Adapted(network, canonicalizer, vote, report, history).eval()
 
 
 def recommended(classes: int | None = None) -> Optimized:

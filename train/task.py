@@ -33,7 +33,7 @@ from pointcanon.losses import (
     refinement_loss,
     refinement_starts,
 )
-from pointcanon.model import Canonicalized, Vote
+from pointcanon.model import HEEDING, RECOMMENDED_VOTE, Canonicalized, Vote
 from pointcanon.predictors import PartPredictor
 from pointcanon.priors import Prior
 from pointcanon.rotations import group, product
@@ -200,7 +200,12 @@ class CloudTask(lightning.LightningModule):
                 f"class_weight needs a canonicalizer that learns {len(dataset.classes)} classes, "
                 f"as {dataset.name} has, and this one learns {told_apart or 'none'}: give "
                 f"--model.canonicalizer.classes {len(dataset.classes)} (Optimized), or for another "
-                "canonicalizer --model.class_weight 0"
+                f"canonicalizer --model.class_weight 0 --model.vote {RECOMMENDED_VOTE}"
+            )
+        if vote in HEEDING and class_weight <= 0:
+            raise UsageError(
+                f"vote {vote} heeds what the canonicalizer takes a cloud for, and class_weight is "
+                f"{class_weight:g}, so it learns no classes: give --model.vote {RECOMMENDED_VOTE}"
             )
         self.protocol = _protocol(protocol)
         self.augmentation = find_augmentation(augmentation)

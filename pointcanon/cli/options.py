@@ -282,14 +282,16 @@ def open_model(
         UsageError: As for the canonicalizer.
     """
     from pointcanon.canonicalizers import Identity
-    from pointcanon.model import RECOMMENDED_VOTE, Canonicalized, Vote
+    from pointcanon.model import HEEDING, RECOMMENDED_VOTE, Canonicalized, Vote
 
     model = open_checkpoint(path)
     if not isinstance(model, Canonicalized):
         model = Canonicalized(model, Identity(), RECOMMENDED_VOTE)
     front = model.canonicalizer if canonicalizer is None else open_canonicalizer(canonicalizer)
     front = with_options(front, canonicalizer_options)
-    vote = vote or model.vote
+    if vote is None:  # another canonicalizer may know no classes, or other ones
+        heeds = canonicalizer is not None and model.vote in HEEDING
+        vote = RECOMMENDED_VOTE if heeds else model.vote
     if front is not model.canonicalizer or vote != model.vote:
         model = Canonicalized(model.predictor, front, cast(Vote, vote))
     return model.eval()
