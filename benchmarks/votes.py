@@ -54,7 +54,7 @@ def labels(network: nn.Module, frames: Frames, points: Tensor) -> dict[str, Tens
     certain = frames.vote_logits(found, by_certainty=True)
     voted = {
         "certainty": certain,
-        "agreement": frames.vote_by_agreement(found, opinion),
+        "agreement": found[torch.arange(len(found)), frames.agreeing(found, opinion)],
         "product": certain.log_softmax(dim=-1) + opinion,
         "the canonicalizer alone": opinion,
     }

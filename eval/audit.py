@@ -31,7 +31,7 @@ from pointcanon.eval.evaluate import (
 )
 from pointcanon.eval.metrics import predicted_parts
 from pointcanon.eval.protocols import pose_rotations
-from pointcanon.model import Canonicalized
+from pointcanon.model import Canonicalized, Vote, vote_before
 from pointcanon.predictors import PartPredictor, Predictor
 from pointcanon.predictors.recognise import recognise
 from pointcanon.rotations import about_axis
@@ -255,11 +255,14 @@ def audit(
     for name, value, least in (("rotations", rotations, 1), ("seed", seed, 0), ("worst", worst, 0)):
         if value < least:
             raise InputError(f"{name} is {value}; choose at least {least}")
+    vote: Vote = "probabilities"
     if isinstance(network, Canonicalized):
+        vote = network.vote
+        if canonicalizer is not None:
+            vote = vote_before(network.predictor, canonicalizer, vote)
         canonicalizer = canonicalizer or network.canonicalizer
     told = network.predictor if isinstance(network, Canonicalized) else network
     predictor, given = meet(told, clouds, labels, parts=parts, coordinate_frame=coordinate_frame)
-    vote = network.vote if isinstance(network, Canonicalized) else "probabilities"
     model = Canonicalized(predictor, canonicalizer or Identity(), vote)
     chosen = chosen_clouds(given, limit)
     seeds = range(seed, seed + rotations)

@@ -15,6 +15,11 @@ from pointcanon.rotations import DEGENERATE_TOLERANCE, product
 __all__ = ["Frames"]
 
 
+AGREEMENT = 16.0
+"""How much more an opinion counts than weights in :meth:`Frames.agreeing`. Chosen on the validation
+clouds of ModelNet40, where anything from 8 up does."""
+
+
 @dataclass(frozen=True)
 class Frames:
     """K candidate frames of each cloud, and how much each one counts.
@@ -261,20 +266,20 @@ class Frames:
             weights = (weights - entropy).log_softmax(dim=1)
         return (weights + log_probabilities).logsumexp(dim=1)
 
-    def vote_by_agreement(self, logits: Tensor, opinion: Tensor) -> Tensor:
-        """The logits ``(B, C)`` of the candidate that agrees most with another opinion.
+    def agreeing(self, logits: Tensor, opinion: Tensor) -> Tensor:
+        """Which candidate agrees best with another opinion of the clouds, ``(B,)`` int64.
 
         Two distributions agree by the probability that draws from them are the same,
-        ``sum_c p(c) q(c)``. Candidates without weight do not count; of equals the first does.
+        ``sum_c p(c) q(c)``. It counts ``AGREEMENT`` times as much as the candidates' own weights:
+        an opinion that says nothing leaves the heaviest. No gradient runs through the choice.
 
         Args:
             logits: ``(B, K, C)``, of each candidate.
             opinion: ``(B, C)`` log-probabilities.
         """
         agreement = (logits.log_softmax(dim=-1) + opinion[:, None]).logsumexp(dim=-1)
-        agreement = agreement.masked_fill(self.log_weights == -torch.inf, -torch.inf)
-        chosen = agreement.argmax(dim=1)[:, None, None].expand(-1, 1, logits.shape[-1])
-        return logits.gather(1, chosen)[:, 0]
+        # rounding alone shall not choose between candidates that agree alike
+        return (self.log_weights.to(logits.dtype) + AGREEMENT * agreement).argmax(dim=1)
 
 
 def _gather(matrices: Tensor, index: Tensor) -> Tensor:

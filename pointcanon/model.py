@@ -18,7 +18,15 @@ from pointcanon.frames import Frames
 from pointcanon.portable import exporting
 from pointcanon.predictors.base import TRAINED_ON, PartPredictor
 
-__all__ = ["HEEDING", "RECOMMENDED_VOTE", "Canonicalized", "Prediction", "Vote", "load"]
+__all__ = [
+    "HEEDING",
+    "RECOMMENDED_VOTE",
+    "Canonicalized",
+    "Prediction",
+    "Vote",
+    "load",
+    "vote_before",
+]
 
 Vote: TypeAlias = Literal["probabilities", "certainty", "agreement", "product", "mean"]
 """How the outputs of several frames are joined."""
@@ -40,12 +48,13 @@ class Prediction(NamedTuple):
     Attributes:
         labels: ``(B,)`` or ``(B, N)`` int64, the most probable class or part.
         probabilities: ``(B, C)`` or ``(B, N, P)``.
-        rotation: ``(B, 3, 3)``, the heaviest frame; it maps canonical to input. det = +1, but where
-            a canonicalizer for reflections (``ForGroup``) saw the cloud mirrored.
+        rotation: ``(B, 3, 3)``, the heaviest frame, or that of the answer where the vote chose one
+            (``"agreement"``); it maps canonical to input. det = +1, but where a canonicalizer for
+            reflections (``ForGroup``) saw the cloud mirrored.
         confidence: As ``labels``, in [0, 1], the probability of the label.
         degenerate: ``(B,)`` bool, True where the cloud does not determine a frame.
-        frame_weight: ``(B,)``, in (0, 1], the weight of that heaviest frame in the vote: 1 where it
-            is the only one, 1 / K where the canonicalizer prefers none of K.
+        frame_weight: ``(B,)``, in (0, 1], the weight of that frame: 1 where it is the only one,
+            1 / K where the canonicalizer prefers none of K.
         frame_confidence: ``(B,)`` in [0, 1] or None, how sure the heaviest frame is
             (``Frames.confidence``), of a canonicalizer that says it.
         scale: ``(B,)`` or None, the size by which each cloud was divided (``Frames.scale``); None
@@ -75,10 +84,11 @@ class Canonicalized(nn.Module):
             ``"certainty"`` does, and a frame counts the more, the surer the predictor is there
             (``Frames.vote_logits``). Two heed what the canonicalizer itself takes the cloud for
             (``Frames.class_logits``): ``"agreement"`` is the predictor's answer in the one frame in
-            which it agrees most with that, so that the predictor alone decides, in the pose that
-            the other prefers; ``"product"`` multiplies it by the outcome of ``"certainty"``, so
-            that two networks decide, a product of experts. ``"mean"`` averages the outputs as they
-            are (frame averaging). With one frame all but ``"product"`` leave the output as it is.
+            which it agrees best with that (``Frames.agreeing``), so that the predictor alone
+            decides, in a pose that the other had a say in; ``"product"`` multiplies the outcome of
+            ``"certainty"`` by that opinion, so that two networks decide, a product of experts.
+            ``"mean"`` averages the outputs as they are (frame averaging). With one frame all but
+            ``"product"`` leave the output as it is.
 
     Raises:
         InputError: On any other vote, or ``"agreement"`` or ``"product"`` for a network that labels
@@ -165,6 +175,20 @@ class Canonicalized(nn.Module):
         Raises:
             InputError: If ``max_points`` < 1, or is given to a predictor that labels no points.
         """
+        given = (points, mask, normals, category)
+        return self._answered(frames, *given, max_points=max_points)[0]
+
+    def _answered(
+        self,
+        frames: Frames,
+        points: Tensor,
+        mask: Tensor | None,
+        normals: Tensor | None,
+        category: Tensor | None,
+        *,
+        max_points: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`predict_in` says, and the place ``(B,)`` of the frame to be known by."""
         if max_points is not None:
             if max_points < 1:
                 raise InputError(f"max_points is {max_points}; choose at least 1")
@@ -174,29 +198,39 @@ class Canonicalized(nn.Module):
                     f"{type(self.predictor).__name__} gives each cloud one answer"
                 )
             if points.shape[1] > max_points:
-                return self._predict_shares(frames, points, mask, normals, category, max_points)
+                shared = self._predict_shares(frames, points, mask, normals, category, max_points)
+                return shared, frames.log_weights.argmax(dim=1)
         posed = {"points": frames.apply(points)}
         if normals is not None:
             posed["normals"] = frames.apply_vectors(normals)
         for name, given in (("mask", mask), ("category", category)):
             if given is not None:
                 posed[name] = given[:, None].expand(-1, frames.count, *given.shape[1:])
-        outputs = self._outputs(posed, self._asked(frames))
+        return self._voted(frames, self._outputs(posed, self._asked(frames)))
+
+    def _voted(self, frames: Frames, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs in K frames joined, and the place of the one chosen, or of the heaviest."""
+        heaviest = frames.log_weights.argmax(dim=1)
         if self.vote == "mean":
-            return frames.vote(outputs)
-        if self.vote == "probabilities":
-            return frames.vote_logits(outputs)
+            return frames.vote(outputs), heaviest
         if self.vote == "agreement":
-            return frames.vote_by_agreement(outputs, self._opinion(frames, outputs))
-        logits = frames.vote_logits(outputs, by_certainty=True)
+            chosen = frames.agreeing(outputs, self._opinion(frames, outputs))
+            index = chosen[:, None, None].expand(-1, 1, outputs.shape[-1])
+            return outputs.gather(1, index)[:, 0], chosen
+        logits = frames.vote_logits(outputs, by_certainty=self.vote != "probabilities")
         if self.vote == "product":
-            return logits.log_softmax(dim=-1) + self._opinion(frames, outputs)
-        return logits
+            logits = logits.log_softmax(dim=-1) + self._opinion(frames, outputs)
+        return logits, heaviest
 
     def _opinion(self, frames: Frames, outputs: Tensor) -> Tensor:
         """Log-probabilities ``(B, C)`` of what the canonicalizer takes the clouds for."""
         opinion, told = frames.class_logits, outputs.shape[-1]
-        if opinion is None or outputs.ndim != 3 or opinion.shape[1] != told:
+        if outputs.ndim != 3:
+            raise InputError(
+                f"vote is {self.vote!r}, and the predictor labels points, which no canonicalizer "
+                f"knows: choose {RECOMMENDED_VOTE!r}"
+            )
+        if opinion is None or opinion.shape[1] != told:
             known = "no" if opinion is None else opinion.shape[1]
             raise InputError(
                 f"vote is {self.vote!r}, and the canonicalizer knows {known} classes where the "
@@ -291,8 +325,9 @@ class Canonicalized(nn.Module):
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            frames = self.canonicalizer(points, mask, normals)
-            logits = self.predict_in(frames, points, mask, normals, category, max_points=max_points)
+            given = (points, mask, normals)
+            frames = self.canonicalizer(*given)
+            logits, chosen = self._answered(frames, *given, category, max_points=max_points)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -301,10 +336,10 @@ class Canonicalized(nn.Module):
         return Prediction(
             labels,
             probabilities,
-            frames.best().rotations[:, 0],
+            frames.select(chosen[:, None]).rotations[:, 0],
             confidence,
             frames.degenerate,
-            frames.weights.amax(dim=1),
+            frames.weights.gather(1, chosen[:, None])[:, 0],
             frames.confidence,
             frames.scale,
         )
@@ -355,6 +390,18 @@ def _common_frame(predictor: nn.Module, canonicalizer: Canonicalizer) -> str | N
         f"the canonicalizer turns clouds upright in the frame {theirs}, and the predictor was "
         f"trained in {ours}: train a canonicalizer on clouds in {ours}"
     )
+
+
+def vote_before(predictor: nn.Module, canonicalizer: Canonicalizer, vote: Vote) -> Vote:
+    """A model's ``vote`` once another canonicalizer stands in its place.
+
+    One that heeds an opinion needs a canonicalizer that has learned the same classes; in front of
+    another it is the recommended one.
+    """
+    ours, theirs = getattr(predictor, "classes", None), canonicalizer.class_names
+    known = getattr(canonicalizer, "classes", None) is not None
+    same = known and (ours and list(ours)) == (theirs and list(theirs))
+    return vote if same or vote not in HEEDING else RECOMMENDED_VOTE
 
 
 def _check_classes(predictor: nn.Module, canonicalizer: Canonicalizer, vote: Vote) -> None:

@@ -227,9 +227,22 @@ def test_adapt_teaches_the_classes(corners: tuple[Tensor, Tensor]) -> None:
         options: dict[str, Any] = {"epochs": epochs, "batch_size": 4, "progress": False}
         model = pc.adapt(Corner(), corners[0][:12], canonicalizer=small(6), **options)
         assert model.vote == "agreement"
+        with torch.no_grad():
+            front = pc.canonicalizers.PCA(4)
+            audited = pc.audit(model, corners[0][:4], canonicalizer=front, progress=False)
+        assert audited.canonicalized is not None
         return model.canonicalizer.scorer.recognise[0].weight  # type: ignore[union-attr]
 
     assert not torch.equal(head(1), small(6).scorer.recognise[0].weight)
+
+
+def test_classes_learned_elsewhere_are_learned_anew(corners: tuple[Tensor, Tensor]) -> None:
+    network = pc.predictors.create("pointnet", num_classes=6, embedding=8, widths=[8, 8])
+    network.classes = tuple("abcdef")
+    known = small(6)
+    known.class_names = tuple("uvwxyz")
+    model = pc.adapt(network, corners[0][:8], canonicalizer=known, epochs=1, progress=False)
+    assert (model.vote, model.canonicalizer.class_names) == ("agreement", network.classes)
 
 
 FRAMES: dict[str, Any] = {

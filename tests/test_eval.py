@@ -611,6 +611,7 @@ def test_a_canonicalizer_put_in_place_of_another_need_know_no_classes(tmp_path: 
     assert open_model(file, None, '{"answers": 2}').vote == "agreement"
     assert open_model(file, "PCA").vote == "certainty"
     assert open_model(file, "PCA", None, "mean").vote == "mean"
+    assert open_model(file, file).vote == "agreement"
     pc.Canonicalized(predictor, pc.canonicalizers.PCA(4), "mean").save(file)
     assert open_model(file, "Manhattan").vote == "mean"
 

@@ -14,7 +14,7 @@ from pointcanon import checkpoint, rotations, testing
 from pointcanon.canonicalizers import PCA, Canonicalizer, Identity, Optimized, Search
 from pointcanon.errors import CheckpointError, InputError, NotFiniteError
 from pointcanon.frames import Frames
-from pointcanon.model import Canonicalized, load
+from pointcanon.model import Canonicalized, load, vote_before
 from pointcanon.predictors import PointNet, create
 
 CLASSES = ("chair", "lamp", "sofa", "table", "vase")
@@ -103,30 +103,35 @@ def test_the_canonicalizer_has_a_say_in_a_product_vote(answers: int) -> None:
     testing.assert_invariant(whole, points)
 
 
-def test_the_predictor_alone_answers_where_the_canonicalizer_agrees_most() -> None:
+def test_the_predictor_alone_answers_where_the_canonicalizer_agrees_best() -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
     knowing = Optimized(keep=2, answers=4, classes=5, **sizes).double().eval()
     whole = model(knowing, vote="agreement").double()
     points = testing.generic_clouds(40, 64, dtype=torch.float64)
-    frames = knowing(points)
+    frames, clouds = knowing(points), torch.arange(40)
     assert frames.class_logits is not None
     answers = torch.stack([whole.predictor(posed) for posed in frames.apply(points).unbind(1)], 1)
     same = (answers.softmax(dim=-1) * frames.class_logits.softmax(dim=-1)[:, None]).sum(dim=-1)
-    chosen = same.argmax(dim=1)
+    chosen = (frames.weights * same**16).argmax(dim=1)
     assert len(set(chosen.tolist())) > 1
-    torch.testing.assert_close(whole(points), answers[torch.arange(40), chosen])
+    torch.testing.assert_close(whole(points), answers[clouds, chosen])
     testing.assert_invariant(whole, points)
+    # the pose that is told is the one of the answer
+    found = whole.predict(points)
+    torch.testing.assert_close(found.rotation, frames.rotations[clouds, chosen])
+    torch.testing.assert_close(found.frame_weight, frames.weights[clouds, chosen])
+    assert torch.equal(found.labels, answers[clouds, chosen].argmax(dim=1))
     # an answer that nobody asked for has no say
     rare = knowing.with_options(negligible=0.999)
     few = Canonicalized(whole.predictor, rare, "agreement").eval()
-    weighed = rare(points).log_weights > -torch.inf
-    assert not weighed.all()
-    chosen = same.masked_fill(~weighed, -1).argmax(dim=1)
-    torch.testing.assert_close(few(points), answers[torch.arange(40), chosen])
-    # of equals the heaviest
+    weights = rare(points).weights
+    assert (weights == 0).any()
+    chosen = (weights * same**16).argmax(dim=1)
+    torch.testing.assert_close(few(points), answers[clouds, chosen])
+    # an opinion that says nothing leaves the heaviest
     flat = frames.class_logits.new_zeros(40, 5).log_softmax(dim=-1)
-    torch.testing.assert_close(frames.vote_by_agreement(0 * answers, flat), 0 * answers[:, 0])
+    assert torch.equal(frames.agreeing(answers, flat), frames.log_weights.argmax(dim=1))
 
 
 @pytest.mark.parametrize("vote", ["agreement", "product"])
@@ -147,6 +152,27 @@ def test_an_opinion_of_other_classes_is_refused(vote: Any) -> None:
     parts = create("pointnet-parts", num_parts=4, num_categories=0)
     with pytest.raises(InputError, match="labels parts"):
         Canonicalized(parts, knowing, vote)
+    pointwise = Canonicalized(nn.Linear(3, 5).double(), knowing, vote).eval()
+    with pytest.raises(InputError, match="labels points"):
+        pointwise(points)
+
+
+def test_another_canonicalizer_is_heeded_if_it_knows_the_classes() -> None:
+    sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+    knowing, predictor = Optimized(classes=5, **sizes), model(Identity()).predictor
+    for ours, theirs, heeded in (
+        (None, None, True),
+        (CLASSES, CLASSES, True),
+        (CLASSES, CLASSES[::-1], False),
+        (CLASSES, None, False),
+        (None, CLASSES, False),
+    ):
+        predictor.classes, knowing.class_names = ours, theirs
+        assert vote_before(predictor, knowing, "agreement") == (
+            "agreement" if heeded else "certainty"
+        )
+    assert vote_before(predictor, PCA(4), "product") == "certainty"
+    assert vote_before(predictor, PCA(4), "mean") == "mean"
 
 
 def test_identity_is_the_bare_predictor() -> None:

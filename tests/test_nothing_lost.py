@@ -335,6 +335,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_torn_file(
     assert said[-1] == "pointcanon: interrupted"
     assert not any("Traceback" in line for line in said)
     after = [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
+    assert all(path.read_bytes() == content for path, content in before.items())
     assert not [path for path in after if path.name.endswith(".tmp")]
     if command in ("eval", "audit", "adapt"):
         assert after == []

@@ -208,6 +208,7 @@ def adapt(
         if any(weight.requires_grad for weight in canonicalizer.parameters()):
             classify = _classifier(network, canonicalizer, like.dtype)
             if classify is not None:
+                canonicalizer.class_names = getattr(network, "classes", None)  # it learns these now
                 vote = "agreement"
             history = _train(
                 PoseTask(

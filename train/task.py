@@ -237,8 +237,10 @@ class CloudTask(lightning.LightningModule):
         return parts.get(self.trained)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":
-            synchronise(self.model, self.trainer.world_size > 1)
+        synchronise(self.model, stage == "fit" and self.trainer.world_size > 1)
+
+    def teardown(self, stage: str) -> None:
+        synchronise(self.model, False)
 
     def train(self, mode: bool = True) -> CloudTask:
         super().train(mode)

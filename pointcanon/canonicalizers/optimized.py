@@ -160,7 +160,7 @@ class OrbitNet(nn.Module):
 
     def _recognised(self, features: Tensor) -> Tensor:
         assert self.recognise is not None
-        hidden, rectify, told = self.recognise
+        hidden, rectify, told = self.recognise  # dropout among them would rename their weights
         features = functional.dropout(features, self.class_dropout, self.training)
         features = rectify(hidden(features))
         logits: Tensor = told(functional.dropout(features, self.class_dropout, self.training))

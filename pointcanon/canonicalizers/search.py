@@ -94,7 +94,8 @@ class Search(Canonicalizer):
 
     @property
     def options(self) -> dict[str, object]:
-        return {**super().options, "energy": type(self.energy).__name__}
+        """Its energy too, which takes no training."""
+        return {**super().options, "energy": self.energy}
 
     def train(self, mode: bool = True) -> Search:
         super().train(mode)

@@ -274,7 +274,8 @@ def open_model(
         path: As for :func:`open_checkpoint`.
         canonicalizer: As for :func:`open_canonicalizer`, put in the place of the checkpoint's.
         canonicalizer_options: As for :func:`with_options`.
-        vote: In the place of the checkpoint's.
+        vote: In the place of the checkpoint's, which another canonicalizer keeps as far as it knows
+            the classes.
 
     Raises:
         CheckpointError: As for the first two.
@@ -282,16 +283,16 @@ def open_model(
         UsageError: As for the canonicalizer.
     """
     from pointcanon.canonicalizers import Identity
-    from pointcanon.model import HEEDING, RECOMMENDED_VOTE, Canonicalized, Vote
+    from pointcanon.model import RECOMMENDED_VOTE, Canonicalized, Vote, vote_before
 
     model = open_checkpoint(path)
     if not isinstance(model, Canonicalized):
         model = Canonicalized(model, Identity(), RECOMMENDED_VOTE)
     front = model.canonicalizer if canonicalizer is None else open_canonicalizer(canonicalizer)
     front = with_options(front, canonicalizer_options)
-    if vote is None:  # another canonicalizer may know no classes, or other ones
-        heeds = canonicalizer is not None and model.vote in HEEDING
-        vote = RECOMMENDED_VOTE if heeds else model.vote
+    if vote is None and canonicalizer is not None:
+        vote = vote_before(model.predictor, front, model.vote)
+    vote = vote or model.vote
     if front is not model.canonicalizer or vote != model.vote:
         model = Canonicalized(model.predictor, front, cast(Vote, vote))
     return model.eval()

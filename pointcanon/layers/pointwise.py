@@ -69,7 +69,7 @@ class BatchNorm(nn.BatchNorm1d):
         These are they, or where processes share a batch (:func:`synchronise`), those of the rows of
         all of them. The running statistics move towards them, if there are any rows.
         """
-        if self.across_processes:
+        if self.across_processes:  # the joint mean first, or squares of large means would cancel
             count, total = count.detach(), _Sum.apply(torch.cat((count * mean, count[None])))
             joint = total[:-1] / total[-1].clamp_min(1)
             squares = count * (variance + (mean - joint).square())

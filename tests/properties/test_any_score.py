@@ -141,13 +141,7 @@ def test_what_classes_add_up_to(effort: object) -> None:
         whole = counted(list(range(clouds)))
         joined = counted(list(range(0, clouds, 2)))
         if clouds > 1:
-            joined.join(
-                counted(
-                    list(range(clouds - 1, 0, -2))
-                    if clouds % 2 == 0
-                    else list(range(clouds - 2, 0, -2))
-                )
-            )
+            joined.join(counted(list(range(1, clouds, 2))[::-1]))
         for pose in range(poses):
             predicted = answers[pose].argmax(dim=1).tolist()
             expected = by_hand(predicted, labels.tolist(), classes)
