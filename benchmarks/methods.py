@@ -142,7 +142,7 @@ def expense(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "frames": lambda row: f"{row['frames']}",
-    "ms": lambda row: f"{row['ms']:.2g}",
+    "CPU ms": lambda row: f"{row['cpu_ms']:.2g}",
     "MiB": lambda row: f"{row['extra_mib']:.0f}",
     "float32 p50 / p99 / max": lambda row: " / ".join(
         f"{row[f'float32_{of}']:.0e}" for of in ("p50", "p99", "max")
@@ -211,7 +211,7 @@ def main() -> None:
         given = argparse.Namespace(**{k: v for k, v in vars(options).items() if k != "only"})
         given.json = given.plot = None
         report[name] = {**in_a_process(__file__, given, expense=name), **quality(name, options)}
-        print(f"{name}: {report[name]['ms']:.2f} ms", file=sys.stderr, flush=True)
+        print(table({name: report[name]}).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(report))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
