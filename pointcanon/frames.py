@@ -208,6 +208,11 @@ class Frames:
         return self.select(self.log_weights.topk(min(count, self.count), dim=1).indices)
 
     @property
+    def heaviest(self) -> Tensor:
+        """Which candidate :meth:`best` gives, ``(B,)`` int64, of equals too."""
+        return self.log_weights.topk(1, dim=1).indices[:, 0]
+
+    @property
     def contested(self) -> Tensor:
         """Whether another candidate is as heavy as the heaviest, ``(B,)`` bool.
 
@@ -279,7 +284,8 @@ class Frames:
         """
         agreement = (logits.log_softmax(dim=-1) + opinion[:, None]).logsumexp(dim=-1)
         # rounding alone shall not choose between candidates that agree alike
-        return (self.log_weights.to(logits.dtype) + AGREEMENT * agreement).argmax(dim=1)
+        score = self.log_weights.to(logits.dtype) + AGREEMENT * agreement
+        return score.topk(1, dim=1).indices[:, 0]  # of equals the one that is the heaviest too
 
 
 def _gather(matrices: Tensor, index: Tensor) -> Tensor:

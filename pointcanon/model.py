@@ -199,7 +199,7 @@ class Canonicalized(nn.Module):
                 )
             if points.shape[1] > max_points:
                 shared = self._predict_shares(frames, points, mask, normals, category, max_points)
-                return shared, frames.log_weights.argmax(dim=1)
+                return shared, frames.heaviest
         posed = {"points": frames.apply(points)}
         if normals is not None:
             posed["normals"] = frames.apply_vectors(normals)
@@ -210,9 +210,8 @@ class Canonicalized(nn.Module):
 
     def _voted(self, frames: Frames, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs in K frames joined, and the place of the one chosen, or of the heaviest."""
-        heaviest = frames.log_weights.argmax(dim=1)
         if self.vote == "mean":
-            return frames.vote(outputs), heaviest
+            return frames.vote(outputs), frames.heaviest
         if self.vote == "agreement":
             chosen = frames.agreeing(outputs, self._opinion(frames, outputs))
             index = chosen[:, None, None].expand(-1, 1, outputs.shape[-1])
@@ -220,7 +219,7 @@ class Canonicalized(nn.Module):
         logits = frames.vote_logits(outputs, by_certainty=self.vote != "probabilities")
         if self.vote == "product":
             logits = logits.log_softmax(dim=-1) + self._opinion(frames, outputs)
-        return logits, heaviest
+        return logits, frames.heaviest
 
     def _opinion(self, frames: Frames, outputs: Tensor) -> Tensor:
         """Log-probabilities ``(B, C)`` of what the canonicalizer takes the clouds for."""

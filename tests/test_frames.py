@@ -259,3 +259,10 @@ def test_confidence_is_that_of_the_heaviest_frame() -> None:
     shuffled = many.select(torch.tensor([[2, 0, 3, 1]]).expand(3, 4))
     assert shuffled.confidence is not None
     assert torch.equal(shuffled.confidence, found)
+
+
+def test_the_heaviest_is_the_best_of_equals_too() -> None:
+    frames = Frames.of(rotations.random_rotations(60).view(5, 12, 3, 3))
+    assert torch.equal(
+        frames.best().rotations[:, 0], frames.rotations[torch.arange(5), frames.heaviest]
+    )
