@@ -244,8 +244,9 @@ def adapt(
 
 def recommended(classes: int | None = None) -> Optimized:
     """The canonicalizer of the recommended recipes, which learns so many classes besides."""
-    dropout = {"dropout": 0.2, "class_dropout": 0.3}
-    return Optimized(answers=5, looks=4, negligible=0.01, classes=classes, **dropout)
+    return Optimized(
+        answers=5, looks=4, negligible=0.01, classes=classes, dropout=0.2, class_dropout=0.3
+    )
 
 
 def _classifier(
