@@ -24,7 +24,6 @@ from pointcanon.canonicalizers.optimized import (
     OrbitNet,
     PoseNet,
     _neighbours,
-    _random_part,
     _spread_parts,
 )
 from pointcanon.errors import InputError
@@ -266,7 +265,7 @@ def test_a_gate_is_the_odds_that_a_cloud_arrives_as_it_should() -> None:
 def test_a_part_of_the_points_teaches() -> None:
     points = testing.generic_clouds(4, 40)
     mask = torch.arange(40) < torch.tensor([[40], [30], [20], [5]])
-    seen, kept = _random_part(points, mask, 16)
+    seen, kept = Optimized(points=16, **SMALL)._random_part(points, mask)
     assert seen.shape == (4, 16, 3)
     assert kept is not None
     assert kept.sum(dim=1).tolist() == [16, 16, 16, 5]

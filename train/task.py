@@ -23,7 +23,7 @@ from pointcanon.eval.evaluate import check_fit
 from pointcanon.eval.metrics import InstanceIoU, PointAccuracy
 from pointcanon.eval.protocols import pose_rotations, protocol, random_pose
 from pointcanon.frames import Frames
-from pointcanon.layers.pointwise import synchronise
+from pointcanon.layers.shared_batch import mean, synchronise
 from pointcanon.losses import (
     Refines,
     contrastive_loss,
@@ -249,8 +249,9 @@ class CloudTask(lightning.LightningModule):
         return self
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        # randomness is a function of the step, so a resumed run repeats an undisturbed one
-        torch.manual_seed(self._step_seed(batch_idx) + 2 * self.global_rank)
+        # randomness is a function of the step, so a resumed run repeats an undisturbed one; it is
+        # the same in all processes, and a SharesBatch takes its part of it
+        torch.manual_seed(self._step_seed(batch_idx))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(self._step_seed(batch_idx) + 1)
@@ -281,7 +282,8 @@ class CloudTask(lightning.LightningModule):
             self.log("val/instance_miou", self.instance_miou, on_epoch=True, prog_bar=True)
         else:
             self.accuracy.update(logits, target)
-        self.val_loss.update(_cross_entropy(logits, target), (target != UNLABELLED).sum())
+        labelled = (target != UNLABELLED).sum()
+        self.val_loss.update(_cross_entropy(logits, target, labelled), labelled)
         self.log("val/accuracy", self.accuracy, on_epoch=True, prog_bar=True)
         self.log("val/loss", self.val_loss, on_epoch=True, prog_bar=True)
 
@@ -299,13 +301,16 @@ class CloudTask(lightning.LightningModule):
         loss = turn.new_zeros(())
         if self.task_weight > 0:
             logits = self.model.predict_in(frames, *geometry, self._category(batch))
-            task = _cross_entropy(logits, self._target(batch), self.label_smoothing)
-            loss = loss + self.task_weight * task
+            loss = loss + self.task_weight * self._taught(logits, self._target(batch))
         if self.class_weight > 0:
             assert frames.class_logits is not None  # as many as there are classes
-            told = _cross_entropy(frames.class_logits, batch["label"], self.label_smoothing)
-            loss = loss + self.class_weight * told
+            loss = loss + self.class_weight * self._taught(frames.class_logits, batch["label"])
         return loss + self._pose_loss(frames, batch["points"], turn, starts)
+
+    def _taught(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Smoothed cross-entropy: its mean over processes is one over what is labelled in all."""
+        labelled = (target != UNLABELLED).sum().to(torch.float32)
+        return _cross_entropy(logits, target, mean(labelled), self.label_smoothing)
 
     def _pose_loss(
         self, frames: Frames, points: Tensor, turn: Tensor, starts: Tensor | None
@@ -353,9 +358,9 @@ class CloudTask(lightning.LightningModule):
             optimizer = torch.optim.AdamW(
                 learning, self.learning_rate, weight_decay=self.weight_decay
             )
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _rate(step / total, self.warmup, self.final_rate)
+            optimizer, lambda step: _rate(step / steps, self.warmup, self.final_rate)
         )
         return {
             "optimizer": optimizer,
@@ -373,14 +378,18 @@ def _geometry(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor |
     return batch["points"], batch.get("mask"), batch.get("normals")
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Of logits ``(..., C)``, over what is labelled."""
-    return functional.cross_entropy(
+def _cross_entropy(
+    logits: Tensor, target: Tensor, count: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Of logits ``(..., C)``, summed over what is labelled and divided by ``count``; 0 of none."""
+    summed = functional.cross_entropy(
         logits.flatten(0, -2),
         target.flatten(),
         ignore_index=UNLABELLED,
         label_smoothing=label_smoothing,
+        reduction="sum",
     )
+    return summed / count.to(summed).clamp_min(1e-6)
 
 
 def _check_augmentation(augmentation: Augmentation, *, parts: bool, normals: bool) -> None:

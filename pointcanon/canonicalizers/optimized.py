@@ -9,7 +9,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pointcanon import clouds
 from pointcanon.canonicalizers.base import Canonicalizer
@@ -21,6 +20,7 @@ from pointcanon.frames import Frames
 from pointcanon.layers.critical_max import CriticalMax, learning_precision
 from pointcanon.layers.group_conv import GroupConv
 from pointcanon.layers.local_moments import SCALES, local_moments
+from pointcanon.layers.shared_batch import Dropout, SharesBatch
 from pointcanon.portable import exporting
 from pointcanon.rotations import gram_schmidt
 
@@ -120,7 +120,7 @@ class OrbitNet(nn.Module):
         super().__init__()
         if min(hidden, mixed) < 1:
             raise InputError(f"hidden is {hidden}, mixed {mixed}; choose at least 1")
-        self.size, self.dropout, self.class_dropout = len(group), dropout, class_dropout
+        self.size = len(group)
         self.features = CriticalMax(widths, vectors, tensors)
         self.normed = nn.LayerNorm(widths[-1])
         self.first = GroupConv(group, widths[-1], hidden)
@@ -128,6 +128,7 @@ class OrbitNet(nn.Module):
         self.mix = nn.Linear(hidden, mixed)
         self.second = GroupConv(group, mixed, hidden)
         self.second_normed = nn.LayerNorm(hidden)
+        self.drop, self.class_drop = Dropout(dropout), Dropout(class_dropout)
         self.score = nn.Linear(hidden, 1, bias=False)
         self.recognise = None
         if classes is not None:
@@ -154,20 +155,17 @@ class OrbitNet(nn.Module):
             orbit = self.second_normed(orbit + self.second(self.mix(orbit)).relu())
         orbit = orbit.to(points.dtype).flatten(1, 2)
         recognised = None if self.recognise is None else self._recognised(orbit.amax(dim=1))
-        return self.score(functional.dropout(orbit, self.dropout, self.training))[
-            ..., 0
-        ], recognised
+        return self.score(self.drop(orbit))[..., 0], recognised
 
     def _recognised(self, features: Tensor) -> Tensor:
         assert self.recognise is not None
         hidden, rectify, told = self.recognise  # dropout among them would rename their weights
-        features = functional.dropout(features, self.class_dropout, self.training)
-        features = rectify(hidden(features))
-        logits: Tensor = told(functional.dropout(features, self.class_dropout, self.training))
+        features = rectify(hidden(self.class_drop(features)))
+        logits: Tensor = told(self.class_drop(features))
         return logits
 
 
-class Optimized(Canonicalizer):
+class Optimized(SharesBatch, Canonicalizer):
     """Score the poses a coarse frame proposes, look at the best more closely, mend them.
 
     The proposals are exactly equivariant, so each posed cloud is invariant, and whatever an
@@ -345,17 +343,33 @@ class Optimized(Canonicalizer):
         logits = scored.log_weights.detach()
         if self.training:
             # Gumbel noise: a sample without replacement, so that unlikely candidates are seen too
-            logits = logits - torch.empty_like(logits).exponential_().log()
+            noise = self.drawn(lambda clouds: _exponential(logits, clouds), len(logits))
+            logits = logits - noise.log()
         return logits.topk(min(self.keep, scored.count), dim=1).indices
 
     def _parts(self, unit: Tensor, mask: Tensor | None, looks: int = 1) -> list[Part]:
         """What the networks see of each cloud: while they learn something else every time."""
         if self.training:
-            parts = [_random_part(unit, mask, self.points)]
+            parts = [self._random_part(unit, mask)]
         else:
             parts = _spread_parts(unit, mask, self.points, looks)
         cloud, real = _neighbours(unit, mask)
         return [(_surface(points, cloud, real), kept) for points, kept in parts]
+
+    def _random_part(self, points: Tensor, mask: Tensor | None) -> Part:
+        """``self.points`` points and their mask, padding only where there are fewer."""
+        batch, size, _ = points.shape
+        if self.points is None or self.points >= size:
+            return points, mask
+        order = self.drawn(lambda clouds: torch.rand(clouds, size, device=points.device), batch)
+        if mask is not None:
+            order = order + (~mask).to(order.dtype)  # padding last
+        index = order.topk(self.points, dim=1, largest=False).indices
+        return _pick(points, index), None if mask is None else mask.gather(1, index)
+
+
+def _exponential(like: Tensor, rows: int) -> Tensor:
+    return like.new_empty(rows, *like.shape[1:]).exponential_()
 
 
 def _surface(points: Tensor, cloud: Tensor, mask: Tensor | None) -> Tensor:
@@ -388,17 +402,6 @@ def _near_identity(answer: Tensor) -> Tensor:
     """Six numbers as two columns ``(..., 3, 2)``; zeros mean no rotation."""
     eye = torch.eye(3, 2, dtype=answer.dtype, device=answer.device)
     return eye + answer.unflatten(-1, (3, 2))
-
-
-def _random_part(points: Tensor, mask: Tensor | None, count: int | None) -> Part:
-    """``count`` points ``(B, count, C)`` and their mask, padding only where there are fewer."""
-    if count is None or count >= points.shape[1]:
-        return points, mask
-    order = torch.rand(points.shape[:2], device=points.device)
-    if mask is not None:
-        order = order + (~mask).to(order.dtype)  # padding last
-    index = order.topk(count, dim=1, largest=False).indices
-    return _pick(points, index), None if mask is None else mask.gather(1, index)
 
 
 def _spread_parts(

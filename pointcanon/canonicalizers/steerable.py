@@ -156,8 +156,9 @@ class Steerable(Canonicalizer):
         if not self.mirror:
             return self.network(features, mask)
         # odd and even parts under x -> -x are polar and axial: rotations commute with inversion
-        both = torch.cat((features, steerable.invert(features)), dim=2)
-        here, there = self.network(both, None if mask is None else mask.repeat(2, 1)).chunk(2, 2)
+        both = torch.stack((features, steerable.invert(features)), dim=3).flatten(2, 3)
+        masks = None if mask is None else mask.repeat_interleave(2, dim=0)
+        here, there = self.network(both, masks).unflatten(2, (-1, 2)).unbind(dim=3)
         polar, axial = (here - there) / 2, (here + there) / 2
         return torch.cat((polar[:, :2], axial[:, 2:]), dim=1)
 

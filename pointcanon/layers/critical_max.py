@@ -13,13 +13,14 @@ from torch.nn import functional
 
 from pointcanon.errors import InputError
 from pointcanon.layers.posed_linear import PosedLinear
+from pointcanon.layers.shared_batch import SharesBatch
 from pointcanon.layers.tiles import tiles
 from pointcanon.portable import full_precision
 
 __all__ = ["CriticalMax", "learning_precision"]
 
 
-class CriticalMax(nn.Module):
+class CriticalMax(SharesBatch, nn.Module):
     """Shared layers over the points of a cloud, the maximum of each feature, and a ReLU.
 
     Many poses of each cloud are looked at and few of them teach much, so learning is sparse:
@@ -155,7 +156,7 @@ class _SparseLesson(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         points, rotations, mask = ctx.saved_tensors
         gradient = gradient.flatten(0, 1)
-        rows, scale = _sample_rows(gradient, ctx.lessons)
+        rows, scale = _sample_rows(gradient, ctx.lessons, ctx.module.across_processes)
         clouds = rows // rotations.shape[1]
         poses = rotations.flatten(0, 1)[rows, None]
         parameters = list(ctx.module.parameters())
@@ -169,22 +170,48 @@ class _SparseLesson(torch.autograd.Function):
         return None, None, None, None, None, *gradients
 
 
-def _sample_rows(gradient: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+def _sample_rows(
+    gradient: Tensor, count: int | None, across_processes: bool
+) -> tuple[Tensor, Tensor]:
     """At most ``count`` rows, drawn in proportion to their norm, and their unbiased weights.
 
     Systematic sampling: one random offset, equal strides along the cumulated norms. A row may come
     more than once; their number is always the same, because libraries prepare (and keep) a program
-    for every new shape.
+    for every new shape. Across processes the strides are along the rows of all of them, ``count``
+    for each; this one gets those that fall on its own, rounded up by rows that weigh nothing.
     """
     size = gradient.norm(dim=1).to(torch.float64)
     if count is None or count >= len(size):
         return torch.arange(len(size), device=size.device), torch.ones_like(gradient[:, 0])
-    total = size.sum()
+    ends = _cumulated_totals(size, across_processes)
+    total, marked, rank = ends[-1], count * len(ends), _rank(across_processes)
     offset = torch.rand((), dtype=torch.float64, device=size.device)
-    marks = (torch.arange(count, device=size.device) + offset) * (total / count)
-    rows = torch.searchsorted(size.cumsum(0), marks).clamp_max(len(size) - 1)
-    scale = total / (count * size[rows].clamp_min(torch.finfo(torch.float64).tiny))
+    marks = (torch.arange(marked, device=size.device) + offset) * (total / marked)
+    before = ends[rank - 1] if rank > 0 else torch.zeros_like(total)
+    idle = 0
+    if len(ends) > 1:
+        marks = marks[(marks > before) & (marks <= ends[rank])]
+        step = -(-count // 4)
+        idle = -len(marks) % step if len(marks) else step
+        marks = torch.cat((marks, before.expand(idle)))
+    rows = torch.searchsorted(size.cumsum(0), marks - before).clamp_max(len(size) - 1)
+    scale = total / (marked * size[rows].clamp_min(torch.finfo(torch.float64).tiny))
+    scale[len(scale) - idle :] = 0
     return rows, scale.to(gradient.dtype)
+
+
+def _rank(across_processes: bool) -> int:
+    return torch.distributed.get_rank() if across_processes else 0
+
+
+def _cumulated_totals(size: Tensor, across_processes: bool) -> Tensor:
+    """Sums of the sizes of the rows of all processes up to and with each, ``(processes,)``."""
+    total = size.sum()[None]
+    if not across_processes:
+        return total
+    totals = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(totals, total)
+    return torch.cat(totals).cumsum(0)
 
 
 def _fast_bfloat16(tensor: Tensor) -> bool:

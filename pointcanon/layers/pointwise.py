@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pointcanon.layers.shared_batch import Dropout, SharesBatch, total
 from pointcanon.portable import exporting, full_precision
 
 __all__ = [
@@ -18,22 +19,14 @@ __all__ = [
     "masked_max",
     "masked_mean",
     "shared_layers",
-    "synchronise",
 ]
 
 SCORES = 2**24
 """Elements of the largest intermediate of :class:`PooledLinear`: 64 MB in float32."""
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of ``(..., C)`` whose statistics leave padding out.
-
-    Attributes:
-        across_processes: Whether a batch in training is that of all processes together, not of this
-            one alone; see :func:`synchronise`.
-    """
-
-    across_processes = False
+class BatchNorm(SharesBatch, nn.BatchNorm1d):
+    """Batch normalisation of ``(..., C)`` whose statistics leave padding out."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise.
@@ -66,15 +59,15 @@ class BatchNorm(nn.BatchNorm1d):
     ) -> tuple[Tensor, Tensor]:
         """By what a batch is normalised, from mean and variance of the ``count`` rows seen here.
 
-        These are they, or where processes share a batch (:func:`synchronise`), those of the rows of
+        These are they, or where processes share a batch (``shared_batch``), those of the rows of
         all of them. The running statistics move towards them, if there are any rows.
         """
         if self.across_processes:  # the joint mean first, or squares of large means would cancel
-            count, total = count.detach(), _Sum.apply(torch.cat((count * mean, count[None])))
-            joint = total[:-1] / total[-1].clamp_min(1)
+            count, sums = count.detach(), total(torch.cat((count * mean, count[None])))
+            joint = sums[:-1] / sums[-1].clamp_min(1)
             squares = count * (variance + (mean - joint).square())
-            mean, count = joint, total[-1].detach()
-            variance = _Sum.apply(squares) / count.clamp_min(1)
+            mean, count = joint, sums[-1].detach()
+            variance = total(squares) / count.clamp_min(1)
         self._track(mean, variance, count)
         return mean, variance
 
@@ -94,31 +87,6 @@ class BatchNorm(nn.BatchNorm1d):
         """``(..., C)`` normalised by the given statistics ``(C,)``, scaled and shifted."""
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (input * scale + (self.bias - mean * scale)).to(input.dtype)
-
-
-class _Sum(torch.autograd.Function):
-    """Over all processes; so is the gradient, as the sum serves each of them."""
-
-    @staticmethod
-    def forward(ctx: object, values: Tensor) -> Tensor:
-        total = values.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return _Sum.apply(gradient.contiguous())
-
-
-def synchronise(network: nn.Module, across_processes: bool = True) -> None:
-    """Let batch norm see the batch of all processes of ``torch.distributed``, or of each alone.
-
-    For training in which every process runs the network equally often. Padding stays out of the
-    statistics, as it would not with ``nn.SyncBatchNorm``.
-    """
-    for module in network.modules():
-        if isinstance(module, BatchNorm):
-            module.across_processes = across_processes
 
 
 class SharedLayer(nn.Module):
@@ -151,9 +119,9 @@ def class_head(channels: int, num_classes: int, dropout: float) -> nn.Sequential
     """From the code of a cloud ``(B, channels)`` to its logits, as in PointNet and PointNet++."""
     return nn.Sequential(
         SharedLayer(channels, 512),
-        nn.Dropout(dropout),
+        Dropout(dropout),
         SharedLayer(512, 256),
-        nn.Dropout(dropout),
+        Dropout(dropout),
         nn.Linear(256, num_classes),
     )
 

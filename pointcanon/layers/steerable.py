@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pointcanon.errors import InputError
+from pointcanon.layers.shared_batch import SharesBatch
 
 __all__ = [
     "Dropout",
@@ -225,8 +226,8 @@ class Gate(nn.Module):
         return torch.cat((functional.silu(scalars), *gated))
 
 
-class Dropout(nn.Module):
-    """Dropout of whole tensors: all components of one degree of a channel go, or none.
+class Dropout(SharesBatch, nn.Module):
+    """Dropout of whole tensors ``(D, C, B, ...)``: a channel's whole degree goes, or nothing of it.
 
     In training a tensor is zeroed with probability p and the others are scaled by 1 / (1 - p).
 
@@ -243,9 +244,8 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        return torch.cat(
-            [rows * functional.dropout(torch.ones_like(rows[:1]), self.p) for rows in _by_degree(x)]
-        )
+        whole = [self.dropped(torch.ones_like(rows[:1]), self.p, dim=2) for rows in _by_degree(x)]
+        return torch.cat([rows * kept for rows, kept in zip(_by_degree(x), whole, strict=True)])
 
 
 class Interaction(nn.Module):

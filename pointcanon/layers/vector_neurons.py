@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pointcanon.errors import InputError
 from pointcanon.layers import pointwise
+from pointcanon.layers.shared_batch import SharesBatch
 
 __all__ = [
     "BatchNorm",
@@ -165,8 +166,8 @@ class MeanPool(nn.Module):
         return kept.sum(dim=-3) / mask.sum(dim=-1).clamp_min(1)[..., None, None]
 
 
-class Dropout(nn.Module):
-    """Dropout of whole vectors: all three coordinates of a channel go, or none.
+class Dropout(SharesBatch, nn.Module):
+    """Dropout of whole vectors ``(B, ..., 3, C)``: all three coordinates of a channel go, or none.
 
     In training a vector is zeroed with probability p and the others are scaled by 1 / (1 - p).
 
@@ -183,8 +184,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        keep = functional.dropout(torch.ones_like(x[..., :1, :]), self.p)
-        return x * keep
+        return x * self.dropped(torch.ones_like(x[..., :1, :]), self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

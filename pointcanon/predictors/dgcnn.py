@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pointcanon.errors import InputError
 from pointcanon.layers.edge_conv import SLOPE, DeepEdgeConv, EdgeConv, Layer
 from pointcanon.layers.pointwise import PooledLinear, linear_of_parts, masked_max, masked_mean
+from pointcanon.layers.shared_batch import Dropout
 from pointcanon.portable import full_precision
 from pointcanon.predictors.base import PartPredictor, Predictor, check_sizes
 
@@ -47,9 +48,9 @@ class DGCNN(Predictor):
         self.shared = Layer(sum(WIDTHS), embedding)
         self.head = nn.Sequential(
             Layer(2 * embedding, 512),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             Layer(512, 256, bias=True),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(256, num_classes),
         )
 
@@ -135,6 +136,7 @@ class DGCNNParts(PartPredictor):
         self.category = Layer(num_categories, width) if num_categories else None
         self.joint = Layer(embedding + (width if num_categories else 0) + 3 * width, 256)
         self.head = nn.ModuleList([Layer(256, 256), Layer(256, 128)])
+        self.drop = Dropout(dropout)
         self.logits = nn.Linear(128, num_parts, bias=False)
 
     @property
@@ -162,7 +164,7 @@ class DGCNNParts(PartPredictor):
         joint = linear_of_parts(self.joint.linear, code[:, None], local)
         features = self.joint.activate(joint, mask)
         for layer in self.head:
-            features = layer(F.dropout(features, self.dropout, self.training), mask)
+            features = layer(self.drop(features), mask)
         return self.logits(features)
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pointcanon.errors import InputError
 from pointcanon.layers.pointwise import PooledLinear, SharedLayer, class_head
 from pointcanon.layers.set_abstraction import FeaturePropagation, Scale, SetAbstraction
+from pointcanon.layers.shared_batch import Dropout
 from pointcanon.predictors.base import PartPredictor, Predictor, check_sizes
 
 __all__ = ["PointNet2", "PointNet2Parts"]
@@ -203,7 +204,7 @@ class PointNet2Parts(PartPredictor):
             self.propagations.append(FeaturePropagation(known, coarse, widths))
             coarse = widths[-1]
         self.head = SharedLayer(coarse, 128)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.logits = nn.Linear(128, num_parts)
 
     @property
