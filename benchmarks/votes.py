@@ -19,7 +19,8 @@ from fewer_points import EverySo
 from rich.progress import track
 from torch import Tensor, nn
 
-from pointcanon import canonicalizers, predictors
+from pointcanon import predictors
+from pointcanon.cli.options import open_canonicalizer
 from pointcanon.datasets import ModelNet40
 from pointcanon.datasets.collate import collate
 from pointcanon.eval.protocols import pose_rotations
@@ -74,13 +75,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--canonicalizer", required=True)
+    parser.add_argument("--canonicalizer", required=True, help="as of pointcanon eval")
     parser.add_argument("--predictor", type=predictor, action="append", required=True)
     parser.add_argument("--split", default="test")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--limit", type=int, help="clouds at even strides")
     options = parser.parse_args()
-    front = canonicalizers.load(options.canonicalizer).eval()
+    front = open_canonicalizer(options.canonicalizer).eval()
     data = ModelNet40(options.root, options.split)
     chosen = torch.linspace(0, len(data) - 1, options.limit or len(data)).long()
     turns = [torch.eye(3).expand(len(data), 3, 3)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pointcanon import rotations, testing
-from pointcanon.canonicalizers import PCA, Manhattan, Union
+from pointcanon.canonicalizers import PCA, Manhattan
 from pointcanon.canonicalizers.manhattan import surface_normals
 from pointcanon.errors import InputError
 
@@ -99,17 +99,3 @@ def test_padding_has_no_say() -> None:
 def test_options_out_of_range(options: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Manhattan(**options)  # type: ignore[arg-type]
-
-
-def test_union_offers_the_candidates_of_all_with_equal_shares() -> None:
-    points = testing.generic_clouds(3, 64, dtype=torch.float64)
-    frames = Union([PCA(4), PCA(1)])(points)
-    torch.testing.assert_close(frames.rotations[:, :4], PCA(4)(points).rotations)
-    torch.testing.assert_close(frames.rotations[:, 4:], PCA(1)(points).rotations)
-    expected = torch.tensor([1 / 8] * 4 + [1 / 2], dtype=torch.float64)
-    torch.testing.assert_close(frames.weights, expected.expand(3, 5))
-
-
-def test_union_of_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match="parts is empty"):
-        Union([])

@@ -186,7 +186,8 @@ def add_canonicalizer(parser: argparse.ArgumentParser, purpose: str) -> None:
     parser.add_argument(
         "--canonicalizer",
         type=str,
-        help=f"{purpose}: a checkpoint that has one, or without training {' or '.join(UNTRAINED)}",
+        help=f"{purpose}: a checkpoint that has one, or without training {' or '.join(UNTRAINED)}; "
+        "several with commas between them propose together",
     )
     parser.add_argument(
         "--canonicalizer_options",
@@ -213,6 +214,8 @@ def add_vote(parser: argparse.ArgumentParser) -> None:
 def open_canonicalizer(name: str | Path) -> Canonicalizer:
     """A canonicalizer by its name where it needs no training or has had it, or of a checkpoint.
 
+    Several names with commas between them are a :class:`~pointcanon.canonicalizers.Union`.
+
     Raises:
         CheckpointError: If the file cannot be read, or holds no canonicalizer.
         UsageError: If it is none of these.
@@ -221,6 +224,8 @@ def open_canonicalizer(name: str | Path) -> Canonicalizer:
 
     if str(name) in canonicalizers.PRETRAINED or Path(name).exists():
         return canonicalizers.load(name)
+    if "," in str(name):
+        return canonicalizers.Union([open_canonicalizer(part) for part in str(name).split(",")])
     if name not in UNTRAINED:
         known = ", ".join((*canonicalizers.PRETRAINED, *UNTRAINED))
         raise UsageError(f"--canonicalizer {name!r} is neither a checkpoint nor one of: {known}")
