@@ -65,7 +65,8 @@ def build(name: str, options: argparse.Namespace) -> Canonicalizer:
     if name == "equiadapt VNSmall":
         return Equiadapt(options.equiadapt).eval()
     if name == "Search":
-        return canonicalizers.Search(pc.predictors.load(options.predictor), budget=24).eval()
+        network = pc.predictors.load(options.predictor)
+        return canonicalizers.Search(network, budget=options.budget).eval()
     return UNTRAINED[name]().eval()
 
 
@@ -187,6 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, required=True, help="folder of ModelNet40")
     parser.add_argument("--predictor", type=Path, help="frozen network for Search")
+    parser.add_argument("--budget", type=int, default=24, help="passes of Search")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--equiadapt", type=Path, help="folder that holds equiadapt/")
     parser.add_argument("--only", action="append", help="these methods alone")

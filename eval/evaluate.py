@@ -120,7 +120,7 @@ class Timing:
         predictor_ms: Posing, predicting in every frame, voting.
         device: Where it ran.
         threads: Of the CPU.
-        batch_size: Clouds at once.
+        batch_size: Clouds at once, of the largest batch.
     """
 
     canonicalizer_ms: float
@@ -273,7 +273,7 @@ def evaluate(
             dataset.coordinate_frame.up_axis,
             _recognised(model.canonicalizer, found, dataset, chosen),
         ),
-        timing=_timing(found, like.device, batch_size),
+        timing=_timing(found, like.device, max(map(len, loader.batch_sampler))),  # type: ignore[arg-type]
         versions=_versions(),
     )
 
