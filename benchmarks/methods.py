@@ -163,15 +163,20 @@ def table(report: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def plot(report: dict[str, dict[str, object]], path: Path) -> None:
-    """Share of clouds whose up axis is found within an angle, against the angle."""
+def plot(report: dict[str, dict[str, Any]], path: Path) -> None:
+    """Share of clouds whose up axis is found within an angle, against the angle.
+
+    Of what has been trained or searches, and of the candidates that a scorer chooses among.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.6, 3.6), layout="constrained")
-    for name, row in report.items():
+    left_out = {name for name in UNTRAINED if not name.endswith("(24)")} | {"equiadapt VNSmall"}
+    rows = [(name, row) for name, row in report.items() if name not in left_out]
+    for name, row in sorted(rows, key=lambda pair: -pair[1]["up_within_10"]):
         errors = torch.tensor(row["up_errors"]).sort().values
         axes.plot(errors, 100 * torch.arange(1, len(errors) + 1) / len(errors), label=name)
     axes.axvline(10, color="grey", linewidth=0.8, linestyle=":")
