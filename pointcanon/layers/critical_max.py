@@ -156,7 +156,7 @@ class _SparseLesson(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         points, rotations, mask = ctx.saved_tensors
         gradient = gradient.flatten(0, 1)
-        rows, scale = _sample_rows(gradient, ctx.lessons, ctx.module.across_processes)
+        rows, scale = _sample_rows(gradient, ctx.lessons, ctx.module)
         clouds = rows // rotations.shape[1]
         poses = rotations.flatten(0, 1)[rows, None]
         parameters = list(ctx.module.parameters())
@@ -170,9 +170,7 @@ class _SparseLesson(torch.autograd.Function):
         return None, None, None, None, None, *gradients
 
 
-def _sample_rows(
-    gradient: Tensor, count: int | None, across_processes: bool
-) -> tuple[Tensor, Tensor]:
+def _sample_rows(gradient: Tensor, count: int | None, module: SharesBatch) -> tuple[Tensor, Tensor]:
     """At most ``count`` rows, drawn in proportion to their norm, and their unbiased weights.
 
     Systematic sampling: one random offset, equal strides along the cumulated norms. A row may come
@@ -183,8 +181,9 @@ def _sample_rows(
     size = gradient.norm(dim=1).to(torch.float64)
     if count is None or count >= len(size):
         return torch.arange(len(size), device=size.device), torch.ones_like(gradient[:, 0])
-    ends = _cumulated_totals(size, across_processes)
-    total, marked, rank = ends[-1], count * len(ends), _rank(across_processes)
+    totals, rank = module.gathered(size.sum())
+    ends = totals.cumsum(0)
+    total, marked = ends[-1], count * len(ends)
     offset = torch.rand((), dtype=torch.float64, device=size.device)
     marks = (torch.arange(marked, device=size.device) + offset) * (total / marked)
     before = ends[rank - 1] if rank > 0 else torch.zeros_like(total)
@@ -198,20 +197,6 @@ def _sample_rows(
     scale = total / (marked * size[rows].clamp_min(torch.finfo(torch.float64).tiny))
     scale[len(scale) - idle :] = 0
     return rows, scale.to(gradient.dtype)
-
-
-def _rank(across_processes: bool) -> int:
-    return torch.distributed.get_rank() if across_processes else 0
-
-
-def _cumulated_totals(size: Tensor, across_processes: bool) -> Tensor:
-    """Sums of the sizes of the rows of all processes up to and with each, ``(processes,)``."""
-    total = size.sum()[None]
-    if not across_processes:
-        return total
-    totals = [torch.empty_like(total) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(totals, total)
-    return torch.cat(totals).cumsum(0)
 
 
 def _fast_bfloat16(tensor: Tensor) -> bool:

@@ -45,6 +45,14 @@ class SharesBatch:
 
         return values * (self.drawn(draw, values.shape[dim], dim) / (1 - p))
 
+    def gathered(self, value: Tensor) -> tuple[Tensor, int]:
+        """A number of each process, ``(processes,)``, and the place of this one among them."""
+        if not self.across_processes:
+            return value[None], 0
+        every = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(every, value)
+        return torch.stack(every), torch.distributed.get_rank()
+
 
 class Dropout(SharesBatch, nn.Dropout):
     """``nn.Dropout`` of ``(B, ...)``."""
