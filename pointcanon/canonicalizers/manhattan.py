@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pointcanon import clouds, neighbors, portable, rotations
 from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.canonicalizers.pca import PCA
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
+from pointcanon.layers.local_moments import symmetric
 from pointcanon.rotations import product
 
 __all__ = ["Manhattan", "surface_normals"]
@@ -92,30 +94,44 @@ class Manhattan(Canonicalizer):
         lengths = normals.norm(dim=-1)
         normals = normals / lengths.clamp_min(1e-12)[..., None]
         weights = lengths / lengths.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        products = symmetric(normals)
+        moments = (weights[..., None] * products).mT @ products
         starts = self.starts.to(normals).expand(normals.shape[0], -1, -1, -1)
-        frames, alignment = _ascend(normals, weights, starts, self.steps)
+        frames, alignment = _ascend(moments, starts, self.steps)
         # several starts reach one maximum: the first of them, whatever the rounding, goes on alone
         best = (alignment >= alignment.amax(dim=1, keepdim=True) - TIE).int().argmax(dim=1)
         chosen = frames[torch.arange(frames.shape[0], device=frames.device), best][:, None]
-        return _ascend(normals, weights, chosen, 2 * self.steps)[0][:, 0]
+        return _ascend(moments, chosen, 2 * self.steps)[0][:, 0]
 
 
-def _ascend(normals: Tensor, weights: Tensor, frames: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Frames after so many steps from ``(B, S, 3, 3)``, and their alignment ``(B, S)``."""
-    weighted = (weights[..., None] * normals).mT
+def _ascend(moments: Tensor, frames: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Frames after so many steps from ``(B, S, 3, 3)``, and their alignment ``(B, S)``.
+
+    The sums over all normals are forms of their fourth moments Q, ``moments (B, 6, 6)``: with the
+    products s of an axis r, ``sum_i w_i (n_i . r)^4 = s^T Q s``, and ``sum_i w_i n_i (n_i . r)^3``
+    is the symmetric matrix of entries ``Q s`` times r.
+    """
+    moments = moments[:, None]
 
     def step(carry: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         (frames,) = carry
-        # all starts side by side, (B, N, 3 S): two matrix products a step
-        along = normals @ frames.transpose(1, 2).flatten(2)
-        pull = (weighted @ along**3).unflatten(2, (-1, 3)).transpose(1, 2)
+        matrices = (_products(frames.mT) @ moments)[..., _ENTRIES]
+        pull = (matrices @ frames.mT[..., None])[..., 0].mT
         frames = rotations.svd_project(pull + 1e-6 * frames)
         return (frames,), frames
 
     (frames,), _ = portable.repeat(step, (frames,), steps)
-    along = normals @ frames.transpose(1, 2).flatten(2)
-    alignment = torch.einsum("bn,bnc->bc", weights, along**4)
-    return frames, alignment.unflatten(1, (-1, 3)).sum(dim=2)
+    products = _products(frames.mT)
+    return frames, (products @ moments * products).sum(dim=(-1, -2))
+
+
+_ENTRIES = [[0, 3, 5], [3, 1, 4], [5, 4, 2]]
+"""Of a symmetric matrix, their places among xx, yy, zz, xy, yz, zx."""
+
+
+def _products(axes: Tensor) -> Tensor:
+    """``(..., 6)`` products of axes ``(..., 3)``, those off the diagonal counted twice."""
+    return torch.cat((axes.square(), 2 * axes * axes.roll(-1, dims=-1)), dim=-1)
 
 
 def surface_normals(points: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
@@ -134,12 +150,44 @@ def surface_normals(points: Tensor, k: int, mask: Tensor | None = None) -> Tenso
     batch = torch.arange(points.shape[0], device=points.device)[:, None, None]
     near = points[batch, index]
     near = near - near.mean(dim=2, keepdim=True)
-    values, vectors = portable.eigh(near.mT @ near)
-    tiny = torch.finfo(points.dtype).tiny
-    planarity = ((values[..., 1] - values[..., 0]) / values[..., 2].clamp_min(tiny)).clamp(0, 1)
+    normals, planarity = _planes(near.mT @ near)
     if mask is not None:
         planarity = planarity * mask
-    return vectors[..., 0] * planarity[..., None]
+    return normals * planarity[..., None]
+
+
+def _planes(covariances: Tensor) -> tuple[Tensor, Tensor]:
+    """Normals ``(..., 3)`` of the planes nearest to points of these covariances, and planarity."""
+    if covariances.dtype == torch.float64 or portable.exporting():
+        values, vectors = portable.eigh(covariances)
+        normals, (least, middle, most) = vectors[..., 0], values.unbind(dim=-1)
+    else:
+        # a library takes matrices one by one; the roots of a cubic take them all at once, and cost
+        # half of the digits where two are equal
+        exact = covariances.double()
+        least, middle, most = _eigenvalues(exact)
+        shifted = exact - least[..., None, None] * torch.eye(3).to(exact)
+        crossed = torch.linalg.cross(shifted, shifted.roll(-1, dims=-2), dim=-1)
+        longest = crossed.square().sum(dim=-1).argmax(dim=-1)[..., None, None]
+        normals = crossed.gather(-2, longest.expand(*longest.shape[:-1], 3))[..., 0, :]
+        normals = nn.functional.normalize(normals, dim=-1, eps=torch.finfo(exact.dtype).tiny)
+    tiny = torch.finfo(covariances.dtype).tiny
+    planarity = ((middle - least) / most.clamp_min(tiny)).clamp(0, 1)
+    return normals.to(covariances), planarity.to(covariances)
+
+
+def _eigenvalues(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of symmetric ``(..., 3, 3)``, ascending, by the roots of their cubic (Smith 1961)."""
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    rest = matrices - mean[..., None, None] * torch.eye(3).to(matrices)
+    spread = (rest.square().sum(dim=(-1, -2)) / 6).sqrt()
+    first, second, third = rest.unbind(dim=-2)
+    determinant = (torch.linalg.cross(first, second, dim=-1) * third).sum(dim=-1)
+    tiny = torch.finfo(matrices.dtype).tiny
+    angle = (determinant / (2 * spread**3).clamp_min(tiny)).clamp(-1, 1).acos() / 3
+    most = mean + 2 * spread * angle.cos()
+    least = mean + 2 * spread * (angle + 2 * math.pi / 3).cos()
+    return least, 3 * mean - most - least, most
 
 
 def _nearest_to_identity(frames: Tensor, cube: Tensor) -> Tensor:
