@@ -382,10 +382,10 @@ def _walk(
                 posed = _posed(batch, turn, like)
                 started = now(like.device)
                 with naming_clouds(batch):
-                    answer, voters = ask(model, posed)
+                    answer, made = ask(model, posed)
                 seconds.append((now(like.device) - started) / len(turn))
                 said.append(_decided(model, answer.cpu(), batch, given))
-                passes.append(voters.double().mean().item())
+                passes.append(made.double().mean().item())
             truth = said[0] if truth is None else truth
             real = batch.get("mask") if model.segments else None
             labelled = truth != UNLABELLED
@@ -428,7 +428,8 @@ def _ask(model: Canonicalized, posed: dict[str, Tensor]) -> tuple[Tensor, Tensor
     geometry = posed["points"], posed.get("mask"), posed.get("normals")
     frames = model.canonicalizer(*geometry)
     category = posed["category"] if model.segments else None
-    return model.predict_in(frames, *geometry, category), frames.voters
+    answer = model.answer(frames, *geometry, category)
+    return answer.outputs, answer.passes
 
 
 def _posed(batch: dict[str, Tensor], turn: Tensor, like: Tensor) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ class FrameQuality:
 
     Attributes:
         count: Frames of each cloud.
-        passes: Times the predictor runs for a cloud, on average: once for each that has a weight.
+        passes: Times the predictor runs for a cloud, on average: in how many frames it is asked.
         median_error_deg: Of the angle between the frame and the rotation applied: the distance to
             the data's own pose, which says something where the data are aligned.
         up_within_10_deg: Share of clouds whose up axis is found within 10 degrees.
@@ -384,14 +384,15 @@ def in_batches(
 class _Found(NamedTuple):
     """The frames of n clouds in P poses, of one batch or of all, and what it took.
 
-    ``rotation (P, n, 3, 3)`` float64, ``degenerate (P, n)``, ``voters (P, n)`` among the so many
-    frames, ``opinions (P, n)``, the class that the canonicalizer itself would choose of so many, 0
-    where it knows none, and by batch and pose the seconds per cloud of the two halves of the model.
+    ``rotation (P, n, 3, 3)`` float64, ``degenerate (P, n)``, ``passes (P, n)``, in how many of so
+    many frames the predictor was asked, ``opinions (P, n)``, the class that the canonicalizer
+    itself would choose of so many, 0 where it knows none, and by batch and pose the seconds per
+    cloud of the two halves of the model.
     """
 
     rotation: Tensor
     degenerate: Tensor
-    voters: Tensor
+    passes: Tensor
     opinions: Tensor
     frames: int
     classes: int
@@ -438,7 +439,7 @@ def _of_all_processes(walk: _Walk) -> _Walk:
     found = found._replace(
         rotation=found.rotation[:, order],
         degenerate=found.degenerate[:, order],
-        voters=found.voters[:, order],
+        passes=found.passes[:, order],
         opinions=found.opinions[:, order],
     )
     return _Walk(first.tally, first.bare, found, numbers, set().union(*(w.sizes for w in walks)))
@@ -559,7 +560,7 @@ def _ask(
     frames = model.canonicalizer(*geometry)
     posed = now(points.device)
     with naming_clouds(batch):
-        answer = model.predict_in(frames, *geometry, category, max_points=max_points)
+        answer, _, passes = model.answer(frames, *geometry, category, max_points=max_points)
     done = now(points.device)
     expected = (*points.shape[: 2 if model.segments else 1], outputs)
     if answer.shape != expected:
@@ -575,7 +576,7 @@ def _ask(
     logits = points.new_zeros(len(points), 0) if logits is None else logits
     classes = logits.shape[1]
     opinions = logits.argmax(dim=1) if classes else torch.zeros_like(cloud["label"])
-    given = frames.degenerate.cpu(), frames.voters.cpu(), opinions.cpu()
+    given = frames.degenerate.cpu(), passes.cpu(), opinions.cpu()
     return answer, _Found(rotation, *given, frames.count, classes, [seconds])
 
 
@@ -612,7 +613,7 @@ def _joined(found: Sequence[_Found], join: Callable[[list[Tensor]], Tensor]) -> 
     return _Found(
         join([frames.rotation for frames in found]),
         join([frames.degenerate for frames in found]),
-        join([frames.voters for frames in found]),
+        join([frames.passes for frames in found]),
         join([frames.opinions for frames in found]),
         found[0].frames,
         found[0].classes,
@@ -661,7 +662,7 @@ def _frame_quality(
     tilt = 2 * (apart / 2).clamp(max=1).asin().rad2deg()
     return FrameQuality(
         count=found.frames,
-        passes=found.voters[poses].double().mean().item(),
+        passes=found.passes[poses].double().mean().item(),
         median_error_deg=error.median().item(),
         up_within_10_deg=(tilt <= UPRIGHT_DEGREES).double().mean().item(),
         degenerate=found.degenerate[poses].double().mean().item(),

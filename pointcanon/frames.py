@@ -19,6 +19,9 @@ AGREEMENT = 16.0
 """How much more an opinion counts than weights in :meth:`Frames.agreeing`. Chosen on the validation
 clouds of ModelNet40, where anything from 8 up does."""
 
+AGREED = 0.4
+"""Two opinions agree well enough by this share of the most there can be. Chosen there too."""
+
 
 @dataclass(frozen=True)
 class Frames:
@@ -271,21 +274,44 @@ class Frames:
             weights = (weights - entropy).log_softmax(dim=1)
         return (weights + log_probabilities).logsumexp(dim=1)
 
-    def agreeing(self, logits: Tensor, opinion: Tensor) -> Tensor:
-        """Which candidate agrees best with another opinion of the clouds, ``(B,)`` int64.
+    def agreed(self, logits: Tensor, opinion: Tensor) -> Tensor:
+        """In which candidates ``(B, K)`` bool an answer agrees well enough with another opinion.
 
         Two distributions agree by the probability that draws from them are the same,
-        ``sum_c p(c) q(c)``. It counts ``AGREEMENT`` times as much as the candidates' own weights:
-        an opinion that says nothing leaves the heaviest. No gradient runs through the choice.
+        ``sum_c p(c) q(c)``, which is at most ``max_c q(c)``, where p is sure of what q prefers; a
+        share ``AGREED`` of that is enough.
 
         Args:
             logits: ``(B, K, C)``, of each candidate.
             opinion: ``(B, C)`` log-probabilities.
         """
-        agreement = (logits.log_softmax(dim=-1) + opinion[:, None]).logsumexp(dim=-1)
-        # rounding alone shall not choose between candidates that agree alike
-        score = self.log_weights.to(logits.dtype) + AGREEMENT * agreement
+        return _agreement(logits, opinion) >= math.log(AGREED)
+
+    def agreeing(self, logits: Tensor, opinion: Tensor) -> Tensor:
+        """Which candidate to believe, beside another opinion of the clouds, ``(B,)`` int64.
+
+        The heaviest of those in which they agree well enough (:meth:`agreed`); where there is none,
+        the one in which they agree best, which counts ``AGREEMENT`` times as much as the
+        candidates' own weights. An opinion that says nothing leaves the heaviest. No gradient runs
+        through the choice.
+
+        Args:
+            logits: As for :meth:`agreed`, and so is ``opinion``.
+        """
+        weights = self.log_weights.to(logits.dtype)
+        enough = self.agreed(logits, opinion) & (weights > -torch.inf)
+        score = torch.where(
+            enough.any(dim=1, keepdim=True),
+            weights.masked_fill(~enough, -torch.inf),
+            weights + AGREEMENT * _agreement(logits, opinion),
+        )
         return score.topk(1, dim=1).indices[:, 0]  # of equals the one that is the heaviest too
+
+
+def _agreement(logits: Tensor, opinion: Tensor) -> Tensor:
+    """Log of the share ``(B, K)`` to which two opinions agree of the most there can be."""
+    same = (logits.log_softmax(dim=-1) + opinion[:, None]).logsumexp(dim=-1)
+    return same - opinion.amax(dim=-1, keepdim=True)
 
 
 def _gather(matrices: Tensor, index: Tensor) -> Tensor:

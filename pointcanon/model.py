@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -21,6 +22,7 @@ from pointcanon.predictors.base import TRAINED_ON, PartPredictor
 __all__ = [
     "HEEDING",
     "RECOMMENDED_VOTE",
+    "Answer",
     "Canonicalized",
     "Prediction",
     "Vote",
@@ -37,6 +39,21 @@ HEEDING: tuple[Vote, ...] = ("agreement", "product")
 
 RECOMMENDED_VOTE: Vote = "certainty"
 """Of any canonicalizer, where nothing else is said on the command line."""
+
+
+class Answer(NamedTuple):
+    """What :meth:`Canonicalized.answer` says of B clouds.
+
+    Attributes:
+        outputs: ``(B, C)`` or ``(B, N, P)``, the vote.
+        frame: ``(B,)`` int64, the frame of the answer where the vote chose one (``"agreement"``),
+            else the heaviest.
+        passes: ``(B,)`` int64, in how many frames the predictor was asked about each cloud.
+    """
+
+    outputs: Tensor
+    frame: Tensor
+    passes: Tensor
 
 
 class Prediction(NamedTuple):
@@ -83,10 +100,11 @@ class Canonicalized(nn.Module):
             ``"probabilities"`` takes outputs as logits and mixes the probabilities;
             ``"certainty"`` does, and a frame counts the more, the surer the predictor is there
             (``Frames.vote_logits``). Two heed what the canonicalizer itself takes the cloud for
-            (``Frames.class_logits``): ``"agreement"`` is the predictor's answer in the one frame in
-            which it agrees best with that (``Frames.agreeing``), so that the predictor alone
-            decides, in a pose that the other had a say in; ``"product"`` multiplies the outcome of
-            ``"certainty"`` by that opinion, so that two networks decide, a product of experts.
+            (``Frames.class_logits``): ``"agreement"`` is the predictor's answer in the heaviest
+            frame in which it agrees well enough with that, or in the one in which it agrees best
+            (``Frames.agreeing``), so that the predictor alone decides, in a pose that the other had
+            a say in; it is asked frame by frame, mostly once. ``"product"`` multiplies the outcome
+            of ``"certainty"`` by that opinion, so that two networks decide, a product of experts.
             ``"mean"`` averages the outputs as they are (frame averaging). With one frame all but
             ``"product"`` leave the output as it is.
 
@@ -176,19 +194,26 @@ class Canonicalized(nn.Module):
             InputError: If ``max_points`` < 1, or is given to a predictor that labels no points.
         """
         given = (points, mask, normals, category)
-        return self._answered(frames, *given, max_points=max_points)[0]
+        return self.answer(frames, *given, max_points=max_points).outputs
 
-    def _answered(
+    def answer(
         self,
         frames: Frames,
         points: Tensor,
-        mask: Tensor | None,
-        normals: Tensor | None,
-        category: Tensor | None,
+        mask: Tensor | None = None,
+        normals: Tensor | None = None,
+        category: Tensor | None = None,
         *,
-        max_points: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """What :meth:`predict_in` says, and the place ``(B,)`` of the frame to be known by."""
+        max_points: int | None = None,
+    ) -> Answer:
+        """What :meth:`predict_in` says, in which frame, and after how many passes.
+
+        Args:
+            frames: As for :meth:`predict_in`, and so is everything else.
+
+        Raises:
+            InputError: As there.
+        """
         if max_points is not None:
             if max_points < 1:
                 raise InputError(f"max_points is {max_points}; choose at least 1")
@@ -199,14 +224,19 @@ class Canonicalized(nn.Module):
                 )
             if points.shape[1] > max_points:
                 shared = self._predict_shares(frames, points, mask, normals, category, max_points)
-                return shared, frames.heaviest
+                return Answer(shared, frames.heaviest, frames.voters)
         posed = {"points": frames.apply(points)}
         if normals is not None:
             posed["normals"] = frames.apply_vectors(normals)
         for name, given in (("mask", mask), ("category", category)):
             if given is not None:
                 posed[name] = given[:, None].expand(-1, frames.count, *given.shape[1:])
-        return self._voted(frames, self._outputs(posed, self._asked(frames)))
+        if self.vote == "agreement" and not self._asks_all(frames):
+            frames, outputs = self._asked_in_turn(frames, posed)
+        else:
+            outputs = self._outputs(posed, self._asked(frames))
+        voted, chosen = self._voted(frames, outputs)
+        return Answer(voted, chosen, frames.voters)
 
     def _voted(self, frames: Frames, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs in K frames joined, and the place of the one chosen, or of the heaviest."""
@@ -238,16 +268,42 @@ class Canonicalized(nn.Module):
             )
         return opinion.to(outputs.dtype).log_softmax(dim=-1)
 
-    def _asked(self, frames: Frames) -> Tensor | None:
-        """Which frames ``(B, K)`` have a say in the vote; None asks them all.
+    def _asks_all(self, frames: Frames) -> bool:
+        """Whether the predictor is shown every frame, whatever it weighs and others have said.
 
         A program has no branches; and in training a network's batch statistics, and the gradient of
         a weight, want every frame.
         """
-        if self.training or frames.count == 1 or exporting() or torch.compiler.is_compiling():
+        one = frames.count == 1
+        return self.training or one or exporting() or torch.compiler.is_compiling()
+
+    def _asked(self, frames: Frames) -> Tensor | None:
+        """Which frames ``(B, K)`` have a say in the vote; None asks them all."""
+        if self._asks_all(frames):
             return None
         asked = frames.log_weights > -torch.inf
         return None if asked.all() else asked
+
+    def _asked_in_turn(self, frames: Frames, posed: dict[str, Tensor]) -> tuple[Frames, Tensor]:
+        """Frames with those alone that were asked, and what the predictor answered there.
+
+        A cloud's frames are asked heaviest first, until the predictor agrees well enough in one
+        with what the canonicalizer takes the cloud for: none of the others would be chosen.
+        """
+        order = frames.log_weights.topk(frames.count, dim=1).indices
+        every = torch.arange(frames.count, device=order.device)
+        asked = every == order[:, :1]
+        outputs = self._outputs(posed, asked)
+        opinion = self._opinion(frames, outputs)
+        for place in order[:, 1:].unbind(dim=1):
+            agreed = (asked & frames.agreed(outputs, opinion)).any(dim=1, keepdim=True)
+            now = (every == place[:, None]) & (frames.log_weights > -torch.inf) & ~agreed
+            if not now.any():
+                break
+            outputs = outputs + self._outputs(posed, now)
+            asked = asked | now
+        told = frames.log_weights.masked_fill(~asked, -torch.inf)
+        return replace(frames, log_weights=told), outputs
 
     def _outputs(self, posed: dict[str, Tensor], asked: Tensor | None) -> Tensor:
         """What the predictor answers to its inputs ``(B, K, ...)``; 0 where it is not asked."""
@@ -326,7 +382,7 @@ class Canonicalized(nn.Module):
         try:
             given = (points, mask, normals)
             frames = self.canonicalizer(*given)
-            logits, chosen = self._answered(frames, *given, category, max_points=max_points)
+            logits, chosen, _ = self.answer(frames, *given, category, max_points=max_points)
         finally:
             for module, training in modes.items():
                 module.training = training

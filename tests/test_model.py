@@ -103,20 +103,53 @@ def test_the_canonicalizer_has_a_say_in_a_product_vote(answers: int) -> None:
     testing.assert_invariant(whole, points)
 
 
+class Steep(nn.Module):
+    """Answers that depend on the pose, and much: products of coordinates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown = 0
+
+    def forward(self, points: Tensor) -> Tensor:
+        self.shown += len(points)
+        return 60 * (points.mT @ points / points.shape[1]).flatten(1)[:, [0, 1, 2, 4, 5]]
+
+
 def test_the_predictor_alone_answers_where_the_canonicalizer_agrees_best() -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
     knowing = Optimized(keep=2, answers=4, classes=5, **sizes).double().eval()
-    whole = model(knowing, vote="agreement").double()
+    assert knowing.scorer.recognise is not None
+    nn.init.normal_(knowing.scorer.recognise[-1].weight)
+    whole = Canonicalized(Steep(), knowing, "agreement").eval()
     points = testing.generic_clouds(40, 64, dtype=torch.float64)
     frames, clouds = knowing(points), torch.arange(40)
     assert frames.class_logits is not None
     answers = torch.stack([whole.predictor(posed) for posed in frames.apply(points).unbind(1)], 1)
-    same = (answers.softmax(dim=-1) * frames.class_logits.softmax(dim=-1)[:, None]).sum(dim=-1)
-    chosen = (frames.weights * same**16).argmax(dim=1)
+    opinion = frames.class_logits.softmax(dim=-1)
+    same = (answers.softmax(dim=-1) * opinion[:, None]).sum(dim=-1)
+    enough = same >= 0.4 * opinion.amax(dim=-1, keepdim=True)
+    assert not enough.any(dim=1).all()  # both cases come
+    assert (enough.any(dim=1) & ~enough[:, 0]).any()
+
+    def choice(weights: Tensor) -> Tensor:
+        first = (weights * enough).argmax(dim=1)
+        best = (weights * same**16).argmax(dim=1)
+        return torch.where((weights * enough).any(dim=1), first, best)
+
+    chosen = choice(frames.weights)
     assert len(set(chosen.tolist())) > 1
     torch.testing.assert_close(whole(points), answers[clouds, chosen])
     testing.assert_invariant(whole, points)
+    # it is asked frame by frame, heaviest first, until it agrees well enough
+    whole.predictor.shown = 0
+    found = whole.answer(frames, points)
+    turn = enough.gather(1, frames.log_weights.argsort(dim=1, descending=True))
+    asked = torch.where(turn.any(dim=1), turn.int().argmax(dim=1) + 1, 4)
+    assert torch.equal(found.passes, asked)
+    assert whole.predictor.shown == asked.sum() < 4 * 40
+    poses = frames.rotations[clouds, found.frame]  # the refiner proposes some poses twice
+    assert torch.equal(poses, frames.rotations[clouds, chosen])
     # the pose that is told is the one of the answer
     found = whole.predict(points)
     torch.testing.assert_close(found.rotation, frames.rotations[clouds, chosen])
@@ -127,7 +160,7 @@ def test_the_predictor_alone_answers_where_the_canonicalizer_agrees_best() -> No
     few = Canonicalized(whole.predictor, rare, "agreement").eval()
     weights = rare(points).weights
     assert (weights == 0).any()
-    chosen = (weights * same**16).argmax(dim=1)
+    chosen = choice(weights)
     torch.testing.assert_close(few(points), answers[clouds, chosen])
     # an opinion that says nothing leaves the heaviest
     flat = frames.class_logits.new_zeros(40, 5).log_softmax(dim=-1)
