@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 
 from pointcanon.datasets import augment
+from pointcanon.datasets.corruptions import corruption
 from pointcanon.errors import InputError, UsageError
 
 
@@ -73,7 +75,7 @@ def test_presets_keep_type_and_input_and_follow_the_generator(points, name, dtyp
     torch.manual_seed(2)  # the global generator plays no part
     assert torch.equal(one, run(3))
     assert one.dtype == dtype
-    assert one.shape == points.shape
+    assert one.shape == points.shape or name == "damage"
     assert torch.equal(points, before)
     assert torch.equal(one, run(4)) == (name == "none")
 
@@ -96,8 +98,29 @@ def test_own_augmentation_is_used_as_it_is():
     assert augment.augmentation(own) is own
 
 
+def test_damage_comes_over_a_share_of_the_batches_in_every_way_and_severity(points, generator):
+    names = ("points", "crop")
+    amounts = {name: corruption(name).amounts for name in names}
+    clean, counts = 0, Counter()
+    for _ in range(400):
+        damaged = augment.damage(points[:4], generator, names=names, share=0.7)
+        clean += damaged is points or torch.equal(damaged, points[:4])
+        counts[damaged.shape[1]] += 1
+    assert clean == pytest.approx(400 * 0.3, abs=40)
+    kept = {int(amount * 64 + 1e-9) for several in amounts.values() for amount in several}
+    assert set(counts) == kept | {64}
+    # whatever is left is centred and in the unit ball, as a damaged scan reaches a network
+    torch.testing.assert_close(damaged.mean(dim=1), torch.zeros(4, 3), atol=1e-6, rtol=0)
+    assert damaged.norm(dim=-1).max() == pytest.approx(1)
+
+
+def test_an_augmentation_that_damages_scales_afterwards(points, generator):
+    own = augment.Augmentation(scale=(2.0, 2.0), corruptions=("crop",), corrupted=1.0)
+    assert own(points, generator).norm(dim=-1).amax(dim=1) == pytest.approx(torch.full((400,), 2.0))
+
+
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UsageError, match=r"'dgcn'.*none, scale, pointnet, dgcnn, vnn"):
+    with pytest.raises(UsageError, match=r"'dgcn'.*none, scale, damage, pointnet, dgcnn, vnn"):
         augment.augmentation("dgcn")
 
 
@@ -109,8 +132,14 @@ def test_unknown_name_lists_the_known():
         ({"scale": (0.0, 1.0)}, "scale is"),
         ({"shift": -0.1}, "shift is -0.1"),
         ({"jitter": float("nan")}, "jitter is nan"),
+        ({"corrupted": 1.5}, "corrupted is 1.5"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         augment.Augmentation(**options)
+
+
+def test_an_unknown_corruption_is_refused():
+    with pytest.raises(UsageError, match=r"unknown corruption 'rust'; choose one of: points,"):
+        augment.Augmentation(corruptions=("rust",))

@@ -16,7 +16,7 @@ import pointcanon as pc
 from pointcanon import checkpoint, datasets
 from pointcanon.cli import main
 from pointcanon.datasets.collate import collate
-from pointcanon.errors import UsageError
+from pointcanon.errors import PointcanonError, UsageError
 from pointcanon.eval.protocols import random_pose
 from pointcanon.train.run import find_recipe, recipes, train
 from pointcanon.train.task import CloudTask, _turned
@@ -61,7 +61,35 @@ def test_a_predictor_recipe_writes_a_predictor(predictor: Path) -> None:
     assert any(row["val/accuracy"] for row in rows)
 
 
-CANONICALIZERS = [r for r in recipes() if r.endswith("canonicalizer") and "parts" not in r]
+CANONICALIZERS = [r for r in recipes() if "-canonicalizer" in r and "parts" not in r]
+
+
+STARTED = ["--config=shapes-pointnet-canonicalizer", *TINY, "--model.start=parametric-shapes"]
+
+
+def test_a_training_begins_with_the_weights_it_is_given(predictor: Path, tmp_path: Path) -> None:
+    options = [*STARTED, f"--output={tmp_path}", f"--model.predictor={predictor}"]
+    train([*options, "--trainer.max_epochs=1", "--model.learning_rate=0"])
+    trained = pc.load(tmp_path / "best.safetensors").canonicalizer.state_dict()
+    start = pc.canonicalizers.load("parametric-shapes").state_dict()
+    assert all(torch.equal(start[key], trained[key]) for key in start)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.start=nothing.safetensors", "nothing.safetensors is neither a file nor"),
+        ("--model.start=modelnet40", "start modelnet40 was trained on clouds in y-up-mirrored"),
+        ("--model.canonicalizer=PCA", "holds Optimized and the canonicalizer .* is PCA"),
+        ("--model.canonicalizer.scorer_hidden=32", "of start parametric-shapes do not fit"),
+    ],
+)
+def test_weights_that_will_not_do_to_begin_with_are_refused(
+    option: str, message: str, predictor: Path, tmp_path: Path
+) -> None:
+    options = [*STARTED, f"--output={tmp_path}", f"--model.predictor={predictor}", option]
+    with pytest.raises(PointcanonError, match=message):
+        train(options)
 
 
 @pytest.mark.parametrize("name", CANONICALIZERS)

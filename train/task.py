@@ -13,7 +13,7 @@ from torch.nn import functional
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from pointcanon import predictors
+from pointcanon import canonicalizers, predictors
 from pointcanon.canonicalizers import Canonicalizer, Identity, Optimized, Search
 from pointcanon.datasets import UNLABELLED, CloudDataset, PartDataset
 from pointcanon.datasets.augment import Augmentation
@@ -89,6 +89,8 @@ class CloudTask(lightning.LightningModule):
         predictor: A registered name, or the file of a checkpoint to start from. What it labels,
             clouds or their parts, is what is learned.
         canonicalizer: None trains the predictor as it is.
+        start: A trained canonicalizer of the same kind, by name or the file of a checkpoint, whose
+            weights it begins with; None begins from nothing.
         trained: Which of the two learns; the other is frozen, in evaluation mode.
         prior: Over the poses of the predictor's training data.
         prior_weight: Of the prior loss.
@@ -124,6 +126,7 @@ class CloudTask(lightning.LightningModule):
         self,
         predictor: str,
         canonicalizer: Canonicalizer | None = None,
+        start: str | None = None,
         trained: Trained = "canonicalizer",
         prior: Prior | None = None,
         prior_weight: float = 1.0,
@@ -156,6 +159,8 @@ class CloudTask(lightning.LightningModule):
                 f"{predictor!r} is a new one: give a checkpoint with --model.predictor FILE"
             )
         network = find_predictor(predictor, dataset, predictor_options or {})
+        if start is not None:
+            _begin_with(start, canonicalizer, str(dataset.coordinate_frame))
         self.model = Canonicalized(network, canonicalizer or Identity(), vote)
         check_fit(self.model, dataset)
         self.model.classes = tuple(dataset.classes)
@@ -368,6 +373,34 @@ class CloudTask(lightning.LightningModule):
         }
 
 
+def _begin_with(start: str, canonicalizer: Canonicalizer | None, coordinate_frame: str) -> None:
+    """Give a canonicalizer the weights of one that is trained.
+
+    Raises:
+        CheckpointError: If there is no such name or file, or it holds no canonicalizer.
+        UsageError: If the weights do not fit, or mean other poses than the data's.
+    """
+    trained = canonicalizers.load(start)
+    if type(canonicalizer) is not type(trained):
+        ours = "none" if canonicalizer is None else type(canonicalizer).__name__
+        raise UsageError(
+            f"start {start} holds {type(trained).__name__} and the canonicalizer to be trained is "
+            f"{ours}: give --model.canonicalizer {type(trained).__name__}"
+        )
+    if trained.coordinate_frame not in (None, coordinate_frame):
+        raise UsageError(
+            f"start {start} was trained on clouds in {trained.coordinate_frame}, and these are in "
+            f"{coordinate_frame}: give --data.coordinate_frame {trained.coordinate_frame}"
+        )
+    try:
+        canonicalizer.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        raise UsageError(
+            f"the weights of start {start} do not fit the canonicalizer to be trained: give it the "
+            "options that one was trained with, which pointcanon info shows of a file"
+        ) from error
+
+
 def _turned(batch: dict[str, Tensor], turn: Tensor) -> dict[str, Tensor]:
     vectors = {key: batch[key] for key in ("points", "normals") if key in batch}
     return {**batch, **{key: product(value, turn.mT) for key, value in vectors.items()}}
@@ -395,10 +428,11 @@ def _cross_entropy(
 def _check_augmentation(augmentation: Augmentation, *, parts: bool, normals: bool) -> None:
     """Refuse what would make the parts or the normals of the points wrong."""
     told = [name for name, given in (("parts", parts), ("normals", normals)) if given]
-    if told and augmentation.dropout > 0:
+    if told and (augmentation.dropout > 0 or augmentation.corruptions):
+        does = "damages clouds" if augmentation.corruptions else "moves dropped points onto others"
         raise UsageError(
-            f"this augmentation moves dropped points onto others, which makes their "
-            f"{' and '.join(told)} wrong: choose one without dropout, such as 'dgcnn'"
+            f"this augmentation {does}, which makes their {' and '.join(told)} wrong: choose one "
+            "without, such as 'dgcnn'"
         )
     if normals and augmentation.scale != (1.0, 1.0) and not augmentation.isotropic:
         low, high = augmentation.scale
