@@ -6,7 +6,6 @@ A new one is a file in this folder and a line in ``CANONICALIZERS``.
 from __future__ import annotations
 
 from pointcanon import checkpoint
-from pointcanon.canonicalizers.average import average
 from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.canonicalizers.contrastive import Contrastive
 from pointcanon.canonicalizers.for_group import ForGroup
@@ -36,7 +35,6 @@ __all__ = [
     "Steerable",
     "Union",
     "VectorNeuron",
-    "average",
     "load",
 ]
 

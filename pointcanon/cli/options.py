@@ -187,8 +187,7 @@ def add_canonicalizer(parser: argparse.ArgumentParser, purpose: str) -> None:
         "--canonicalizer",
         type=str,
         help=f"{purpose}: a checkpoint that has one, or without training {' or '.join(UNTRAINED)}; "
-        "several with commas between them propose together, several with + have the mean of their "
-        "weights",
+        "several with commas between them propose together",
     )
     parser.add_argument(
         "--canonicalizer_options",
@@ -215,13 +214,11 @@ def add_vote(parser: argparse.ArgumentParser) -> None:
 def open_canonicalizer(name: str | Path) -> Canonicalizer:
     """A canonicalizer by its name where it needs no training or has had it, or of a checkpoint.
 
-    Several names with commas between them are a :class:`~pointcanon.canonicalizers.Union`, several
-    with a + their :func:`~pointcanon.canonicalizers.average`.
+    Several names with commas between them are a :class:`~pointcanon.canonicalizers.Union`.
 
     Raises:
         CheckpointError: If the file cannot be read, or holds no canonicalizer.
         UsageError: If it is none of these.
-        InputError: If several have no mean.
     """
     from pointcanon import canonicalizers
 
@@ -229,8 +226,6 @@ def open_canonicalizer(name: str | Path) -> Canonicalizer:
         return canonicalizers.load(name)
     if "," in str(name):
         return canonicalizers.Union([open_canonicalizer(part) for part in str(name).split(",")])
-    if "+" in str(name):
-        return canonicalizers.average([open_canonicalizer(part) for part in str(name).split("+")])
     if name not in UNTRAINED:
         known = ", ".join((*canonicalizers.PRETRAINED, *UNTRAINED))
         raise UsageError(f"--canonicalizer {name!r} is neither a checkpoint nor one of: {known}")
