@@ -19,7 +19,7 @@ AGREEMENT = 16.0
 """How much more an opinion counts than weights in :meth:`Frames.agreeing`. Chosen on the validation
 clouds of ModelNet40, where anything from 8 up does."""
 
-AGREED = 0.4
+AGREED = 0.5
 """Two opinions agree well enough by this share of the most there can be. Chosen there too."""
 
 

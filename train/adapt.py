@@ -245,7 +245,7 @@ def adapt(
 def recommended(classes: int | None = None) -> Optimized:
     """The canonicalizer of the recommended recipes, which learns so many classes besides."""
     return Optimized(
-        answers=5, looks=4, negligible=0.01, classes=classes, dropout=0.2, class_dropout=0.3
+        answers=5, looks=2, negligible=0.01, classes=classes, dropout=0.2, class_dropout=0.3
     )
 
 
