@@ -89,8 +89,6 @@ class CloudTask(lightning.LightningModule):
         predictor: A registered name, or the file of a checkpoint to start from. What it labels,
             clouds or their parts, is what is learned.
         canonicalizer: None trains the predictor as it is.
-        start: A trained canonicalizer of the same kind, by name or the file of a checkpoint, whose
-            weights it begins with; None begins from nothing.
         trained: Which of the two learns; the other is frozen, in evaluation mode.
         prior: Over the poses of the predictor's training data.
         prior_weight: Of the prior loss.
@@ -117,6 +115,8 @@ class CloudTask(lightning.LightningModule):
         warmup: Share of the training in which the rate rises; it then falls along a cosine.
         final_rate: Share of the learning rate that is left at the end.
         predictor_options: Hyper-parameters of a predictor that is created by name.
+        start: A trained canonicalizer of the kind to be trained, by name or the file of a
+            checkpoint, whose weights it begins with; None begins from nothing.
         seed: Of poses, augmentation, and everything random in a step.
         dataset: The :class:`~pointcanon.datasets.CloudDataset` that is trained on; the command line
             fills it in (untyped, because its parser takes protocols for configurable classes).
@@ -126,7 +126,6 @@ class CloudTask(lightning.LightningModule):
         self,
         predictor: str,
         canonicalizer: Canonicalizer | None = None,
-        start: str | None = None,
         trained: Trained = "canonicalizer",
         prior: Prior | None = None,
         prior_weight: float = 1.0,
@@ -148,6 +147,7 @@ class CloudTask(lightning.LightningModule):
         warmup: float = 0.05,
         final_rate: float = 0.01,
         predictor_options: dict[str, Any] | None = None,
+        start: str | None = None,
         seed: int = 0,
         *,
         dataset: Any,
