@@ -101,7 +101,7 @@ class Canonicalized(nn.Module):
             ``"certainty"`` does, and a frame counts the more, the surer the predictor is there
             (``Frames.vote_logits``). Two heed what the canonicalizer itself takes the cloud for
             (``Frames.class_logits``): ``"agreement"`` is the predictor's answer in the heaviest
-            frame in which it agrees well enough with that, or in the one in which it agrees best
+            frame in which it agrees with that, or in the one in which it agrees best
             (``Frames.agreeing``), so that the predictor alone decides, in a pose that the other had
             a say in; it is asked frame by frame, mostly once. ``"product"`` multiplies the outcome
             of ``"certainty"`` by that opinion, so that two networks decide, a product of experts.
@@ -287,8 +287,8 @@ class Canonicalized(nn.Module):
     def _asked_in_turn(self, frames: Frames, posed: dict[str, Tensor]) -> tuple[Frames, Tensor]:
         """Frames with those alone that were asked, and what the predictor answered there.
 
-        A cloud's frames are asked heaviest first, until the predictor agrees well enough in one
-        with what the canonicalizer takes the cloud for: none of the others would be chosen.
+        A cloud's frames are asked heaviest first, until the predictor agrees in one with what the
+        canonicalizer takes the cloud for: none of the others would be chosen.
         """
         order = frames.log_weights.topk(frames.count, dim=1).indices
         every = torch.arange(frames.count, device=order.device)

@@ -28,7 +28,7 @@ from pointcanon.canonicalizers.optimized import (
 )
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
-from pointcanon.layers import tiles
+from pointcanon.layers import group_conv, tiles
 from pointcanon.layers.group_conv import GroupConv
 from pointcanon.losses import prior_loss, refinement_loss
 from pointcanon.priors import Aligned
@@ -103,9 +103,31 @@ def test_a_group_convolution_follows_the_orbit(name: str) -> None:
     layer = GroupConv(group, 5, 4).double()
     features = torch.randn(3, len(group), 5, dtype=torch.float64)
     answer = layer(features)
-    for turn in group:
+    for place, turn in enumerate(group):
         moved = (turn @ group)[:, None].sub(group).abs().amax(dim=(-1, -2)).argmin(dim=1)
         torch.testing.assert_close(layer(features[:, moved]), answer[:, moved])
+        # plainly, as the paper has it
+        torch.testing.assert_close(answer[:, place], layer.linear(features[:, moved].flatten(1)))
+
+
+def test_irreducible_representations_are_told_apart() -> None:
+    """Their dimensions are those of the books, and their matrices are representations."""
+    known = {
+        "C1": [(1, 1)],
+        "C4": [(1, 1), (1, 1), (1, 2)],  # over the reals a quarter turn takes two dimensions
+        "T": [(1, 1), (1, 2), (3, 3)],
+        "O": [(1, 1), (1, 1), (2, 2), (3, 3), (3, 3)],
+        "I": [(1, 1), (3, 3), (3, 3), (4, 4), (5, 5)],
+    }
+    for name, kinds in known.items():
+        layer = GroupConv(rotations.group(name, torch.float64), 1, 1)
+        assert sorted(layer.kinds) == kinds
+        torch.testing.assert_close(layer.basis.mT @ layer.basis, torch.eye(len(layer.basis)).double())
+        for matrices in layer.entries.split([size**2 for _, size in layer.kinds]):
+            size = round(len(matrices) ** 0.5)
+            turns = matrices.mT.unflatten(1, (size, size))
+            table = group_conv._product_table(rotations.group(name, torch.float64))
+            torch.testing.assert_close(turns[:, None] @ turns, turns[table])
 
 
 def test_a_group_convolution_needs_a_group() -> None:
@@ -320,16 +342,18 @@ def test_answers_that_weigh_next_to_nothing_are_left_out() -> None:
     torch.testing.assert_close(few.weights, expected / expected.sum(dim=1, keepdim=True))
 
 
-def test_the_scores_of_several_looks_are_averaged() -> None:
+def test_what_several_looks_find_is_averaged() -> None:
     torch.manual_seed(0)
     points = testing.surface_clouds(3, 64, dtype=torch.float64)
     module = Optimized(PCA(24), points=16, looks=2, **SMALL).double().eval()
     unit = clouds.unit_scale(points - points.mean(dim=1, keepdim=True))
     parts = module._parts(unit, None, 2)
-    single = [module._score(PCA(24)(points), [part]).log_weights for part in parts]
-    mean = module._score(PCA(24)(points), parts).log_weights
+    proposals = PCA(24)(points)
+    single = [module.scorer.features(part, proposals.rotations, None) for part, _ in parts]
     assert (single[0] - single[1]).abs().max() > 1e-3
-    torch.testing.assert_close(mean, (sum(single) / 2).log_softmax(dim=1))
+    scores, _ = module.scorer.compared((single[0] + single[1]) / 2)
+    found = module._score(proposals, parts).log_weights
+    torch.testing.assert_close(found, scores.log_softmax(dim=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

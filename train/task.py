@@ -118,6 +118,8 @@ class CloudTask(lightning.LightningModule):
         start: A trained canonicalizer of the kind to be trained, by name or the file of a
             checkpoint, whose weights it begins with; None begins from nothing.
         seed: Of poses, augmentation, and everything random in a step.
+        refinement_spread: Largest turn away from the data's pose that the refinement loss is to
+            undo, in degrees.
         dataset: The :class:`~pointcanon.datasets.CloudDataset` that is trained on; the command line
             fills it in (untyped, because its parser takes protocols for configurable classes).
     """
@@ -149,6 +151,7 @@ class CloudTask(lightning.LightningModule):
         predictor_options: dict[str, Any] | None = None,
         start: str | None = None,
         seed: int = 0,
+        refinement_spread: float = 30.0,
         *,
         dataset: Any,
     ) -> None:
@@ -195,6 +198,11 @@ class CloudTask(lightning.LightningModule):
             raise UsageError(
                 "refinement_weight needs a prior and a canonicalizer that refines (Optimized)"
             )
+        if not 0 < refinement_spread <= 180:
+            raise UsageError(
+                f"refinement_spread is {refinement_spread}; choose degrees in (0, 180]"
+            )
+        self.refinement_spread = math.radians(refinement_spread)
         if refinement_weight > 0 and getattr(dataset, "num_points", None) == "all":
             raise UsageError(
                 "refinement_weight needs clouds of one size: give --data.num_points a number"
@@ -266,7 +274,10 @@ class CloudTask(lightning.LightningModule):
         points = self.augmentation(batch["points"].repeat(processes, 1, 1), generator)[mine]
         turns = random_pose(self.protocol.train, processes * count, self.up_axis, generator)
         turn = turns[mine].to(points)
-        starts = refinement_starts(processes * count, generator=generator)[mine]
+        turns_away = refinement_starts(
+            processes * count, spread=self.refinement_spread, generator=generator
+        )
+        starts = turns_away[mine]
         loss = self._loss(_turned({**batch, "points": points}, turn), turn, starts)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(points))
         return loss

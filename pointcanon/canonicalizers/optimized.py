@@ -145,15 +145,21 @@ class OrbitNet(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Scores ``(B, K)`` of clouds in K poses each, and logits of their classes ``(B, C)``.
 
-        Arguments are those of ``CriticalMax``. The classes are told by the most that any pose shows
-        of each feature; there are none where none are to be told apart.
+        Arguments are those of ``CriticalMax``.
         """
-        features = self.features(points, rotations, mask, lessons)
+        return self.compared(self.features(points, rotations, mask, lessons))
+
+    def compared(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same of the features ``(B, K, C)`` of each pose.
+
+        The classes are told by the most that any pose shows of each feature; there are none where
+        none are to be told apart.
+        """
         with learning_precision(self, features):
             orbit = self.normed(features).unflatten(1, (-1, self.size))
             orbit = self.first_normed(self.first(orbit).relu())
             orbit = self.second_normed(orbit + self.second(self.mix(orbit)).relu())
-        orbit = orbit.to(points.dtype).flatten(1, 2)
+        orbit = orbit.to(features.dtype).flatten(1, 2)
         recognised = None if self.recognise is None else self._recognised(orbit.amax(dim=1))
         return self.score(self.drop(orbit))[..., 0], recognised
 
@@ -193,7 +199,7 @@ class Optimized(SharesBatch, Canonicalizer):
         points: Of each cloud that the networks see, None for all: random ones in training, in
             evaluation points spread evenly over the distances from the centre.
         looks: In evaluation, parts of so many points that the scorer sees one after the other; the
-            mean of its scores counts. Each costs as much as the first.
+            mean of the features it finds counts. Each costs nearly as much as the first.
         gate: Log-odds that a cloud arrives in its canonical pose already, against any one of the
             proposals; None gives that pose no chance of its own. With a gate the frames are no
             longer exactly equivariant, as it looks at the pose in which the cloud arrived.
@@ -312,17 +318,16 @@ class Optimized(SharesBatch, Canonicalizer):
             return replace(_turned(frames, answer), log_weights=weights, raw=None, stages=())
 
     def _score(self, proposals: Frames, parts: Sequence[Part]) -> Frames:
-        """The proposals weighed by the mean score of the given parts of each surface."""
+        """The proposals weighed by the scorer, after a look at each of the given parts."""
         poses = proposals.rotations.detach()
         lessons = SCORER_LESSONS * poses.shape[0]
-        looks = [self.scorer(surface, poses, mask, lessons) for surface, mask in parts]
-        scores = torch.stack([score for score, _ in looks]).mean(dim=0)
-        classes = [logits for _, logits in looks if logits is not None]
+        looks = [self.scorer.features(surface, poses, mask, lessons) for surface, mask in parts]
+        scores, classes = self.scorer.compared(torch.stack(looks).mean(dim=0))
         return Frames.of(
             proposals.rotations,
             proposals.log_weights + scores,
             degenerate=proposals.degenerate,
-            class_logits=torch.stack(classes).mean(dim=0) if classes else None,
+            class_logits=classes,
         )
 
     def _mend(self, frames: Frames, surface: Tensor, mask: Tensor | None) -> Frames:

@@ -8,8 +8,8 @@ from pointcanon.portable import exporting
 
 __all__ = ["TILE", "tiles"]
 
-TILE = 1 << 18
-"""Numbers held at once; a megabyte in float32."""
+TILE = 1 << 19
+"""Numbers held at once; two megabytes in float32."""
 
 
 def tiles(clouds: int, rows: int, numbers: int) -> Iterator[tuple[slice, slice]]:
