@@ -15,7 +15,7 @@ from pointcanon.rotations import DEGENERATE_TOLERANCE, product
 __all__ = ["Frames"]
 
 
-AGREED = 0.4
+AGREED = 0.3
 """An answer agrees with another opinion that gives it this share of what it gives its favourite.
 Chosen on the validation clouds of ModelNet40."""
 

@@ -128,7 +128,7 @@ def test_the_predictor_alone_answers_where_the_canonicalizer_agrees_best() -> No
     answers = torch.stack([whole.predictor(posed) for posed in frames.apply(points).unbind(1)], 1)
     opinion = frames.class_logits.softmax(dim=-1)
     given = opinion[clouds[:, None], answers.argmax(dim=-1)]
-    enough = given >= 0.4 * opinion.amax(dim=-1, keepdim=True)
+    enough = given >= 0.3 * opinion.amax(dim=-1, keepdim=True)
     assert not enough.any(dim=1).all()  # both cases come
     assert (enough.any(dim=1) & ~enough[:, 0]).any()
 
