@@ -52,11 +52,11 @@ def labels(network: nn.Module, frames: Frames, points: Tensor) -> dict[str, Tens
     assert frames.class_logits is not None
     opinion = frames.class_logits.log_softmax(dim=-1)
     found = answers(network, frames, points)
-    certain = frames.vote_logits(found, by_certainty=True)
+    agreed = found[torch.arange(len(found)), frames.agreeing(found, opinion)]
     voted = {
-        "certainty": certain,
-        "agreement": found[torch.arange(len(found)), frames.agreeing(found, opinion)],
-        "product": certain.log_softmax(dim=-1) + opinion,
+        "certainty": frames.vote_logits(found, by_certainty=True),
+        "agreement": agreed,
+        "product": agreed.log_softmax(dim=-1) + opinion,
         "the canonicalizer alone": opinion,
     }
     return {vote: logits.argmax(dim=-1) for vote, logits in voted.items()}

@@ -103,8 +103,8 @@ class Canonicalized(nn.Module):
             (``Frames.class_logits``): ``"agreement"`` is the predictor's answer in the heaviest
             frame in which it agrees with that, or in the one in which it agrees best
             (``Frames.agreeing``), so that the predictor alone decides, in a pose that the other had
-            a say in; it is asked frame by frame, mostly once. ``"product"`` multiplies the outcome
-            of ``"certainty"`` by that opinion, so that two networks decide, a product of experts.
+            a say in; it is asked frame by frame, mostly once. ``"product"`` multiplies that answer
+            by the opinion, so that two networks decide, a product of experts.
             ``"mean"`` averages the outputs as they are (frame averaging). With one frame all but
             ``"product"`` leave the output as it is.
 
@@ -231,7 +231,7 @@ class Canonicalized(nn.Module):
         for name, given in (("mask", mask), ("category", category)):
             if given is not None:
                 posed[name] = given[:, None].expand(-1, frames.count, *given.shape[1:])
-        if self.vote == "agreement" and not self._asks_all(frames):
+        if self.vote in HEEDING and not self._asks_all(frames):
             frames, outputs = self._asked_in_turn(frames, posed)
         else:
             outputs = self._outputs(posed, self._asked(frames))
@@ -242,14 +242,16 @@ class Canonicalized(nn.Module):
         """The outputs in K frames joined, and the place of the one chosen, or of the heaviest."""
         if self.vote == "mean":
             return frames.vote(outputs), frames.heaviest
-        if self.vote == "agreement":
-            chosen = frames.agreeing(outputs, self._opinion(frames, outputs))
+        if self.vote in HEEDING:
+            opinion = self._opinion(frames, outputs)
+            chosen = frames.agreeing(outputs, opinion)
             index = chosen[:, None, None].expand(-1, 1, outputs.shape[-1])
-            return outputs.gather(1, index)[:, 0], chosen
-        logits = frames.vote_logits(outputs, by_certainty=self.vote != "probabilities")
-        if self.vote == "product":
-            logits = logits.log_softmax(dim=-1) + self._opinion(frames, outputs)
-        return logits, frames.heaviest
+            answer = outputs.gather(1, index)[:, 0]
+            if self.vote == "product":
+                answer = answer.log_softmax(dim=-1) + opinion
+            return answer, chosen
+        by_certainty = self.vote == "certainty"
+        return frames.vote_logits(outputs, by_certainty=by_certainty), frames.heaviest
 
     def _opinion(self, frames: Frames, outputs: Tensor) -> Tensor:
         """Log-probabilities ``(B, C)`` of what the canonicalizer takes the clouds for."""

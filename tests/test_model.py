@@ -93,7 +93,7 @@ def test_the_canonicalizer_has_a_say_in_a_product_vote(answers: int) -> None:
     knowing = Optimized(keep=2, answers=answers, classes=5, **sizes).double()
     whole = model(knowing, vote="product").double()
     points = testing.generic_clouds(12, 64, dtype=torch.float64)
-    alone = Canonicalized(whole.predictor, knowing, "certainty").eval()(points)
+    alone = Canonicalized(whole.predictor, knowing, "agreement").eval()(points)
     opinion = knowing(points).class_logits
     assert opinion is not None
     product = alone.softmax(dim=-1) * opinion.softmax(dim=-1)

@@ -124,6 +124,19 @@ def test_a_canonicalizer_is_chosen_by_its_name(predictor: Path, tmp_path: Path) 
     assert isinstance(model.canonicalizer, pc.canonicalizers.VectorNeuron)
 
 
+def test_how_far_away_a_refiner_begins(predictor: Path, tmp_path: Path) -> None:
+    options = [*TINY, f"--model.predictor={predictor}", "--data.name=parametric-shapes"]
+    with pytest.raises(UsageError, match=r"refinement_spread is 200.*degrees in \(0, 180\]"):
+        _train("shapes-pointnet-canonicalizer", tmp_path, *options, "--model.refinement_spread=200")
+    learned = []
+    for spread in (5, 60):
+        folder = tmp_path / str(spread)
+        options = [*options, f"--model.refinement_spread={spread}", "--model.canonicalizer.keep=2"]
+        weights = pc.load(_train("shapes-pointnet-canonicalizer", folder, *options) / "best.safetensors")
+        learned.append(weights.canonicalizer.refiner.features.peak.weight)  # type: ignore[union-attr]
+    assert not torch.equal(*learned)
+
+
 def test_a_vote_that_heeds_nobody_is_refused(predictor: Path, tmp_path: Path) -> None:
     options = [*TINY, f"--model.predictor={predictor}", "--model.class_weight=0"]
     with pytest.raises(UsageError, match=r"vote agreement heeds .* class_weight is 0.*certainty"):
