@@ -80,6 +80,8 @@ def svd_project(matrices: Tensor) -> Tensor:
         InputError: If the shape is not ``(..., 3, 3)``.
     """
     _check_columns(matrices, 3, exact=True)
+    if not (portable.exporting() or (torch.is_grad_enabled() and matrices.requires_grad)):
+        return _nearest_rotation(matrices)
     # the projection does not depend on scale; roma's damping does, so work at unit size
     size = matrices.detach().abs().amax(dim=(-1, -2), keepdim=True)
     usable = size > _smallest(matrices.dtype)
@@ -91,6 +93,18 @@ def svd_project(matrices: Tensor) -> Tensor:
     rotation = roma.special_procrustes(unit, method="svd")
     assert isinstance(rotation, Tensor)  # a pair only where singular values are asked for
     return rotation
+
+
+def _nearest_rotation(matrices: Tensor) -> Tensor:
+    """The same without a derivative, for which roma prepares several times as long."""
+    left, values, right = torch.linalg.svd(matrices)
+    first, second, third = (left @ right).unbind(dim=-2)
+    handedness = (torch.linalg.cross(first, second, dim=-1) * third).sum(dim=-1).sign()
+    last = left[..., 2:] * handedness[..., None, None]
+    rotation = torch.cat((left[..., :2], last), dim=-1) @ right
+    usable = values[..., :1, None] > _smallest(matrices.dtype)
+    eye = torch.eye(3, dtype=matrices.dtype, device=matrices.device)
+    return torch.where(usable, rotation, eye)
 
 
 def near_singular(vectors: Tensor, size: Tensor | float, columns: int = 2) -> Tensor:

@@ -96,12 +96,13 @@ def test_sampled_lessons_have_the_gradient_of_all_on_average() -> None:
 GROUPS = ["C1", "C5", "T", "O"]
 
 
+@pytest.mark.parametrize("orbits", [0, 1])
 @pytest.mark.parametrize("name", GROUPS)
-def test_a_group_convolution_follows_the_orbit(name: str) -> None:
+def test_a_group_convolution_follows_the_orbit(name: str, orbits: int) -> None:
     """Seen from another of its poses an orbit is permuted, and so are the answers."""
     group = rotations.group(name, torch.float64)
     layer = GroupConv(group, 5, 4).double()
-    features = torch.randn(3, len(group), 5, dtype=torch.float64)
+    features = torch.randn(group_conv.FEW + orbits, len(group), 5, dtype=torch.float64)
     answer = layer(features)
     for place, turn in enumerate(group):
         moved = (turn @ group)[:, None].sub(group).abs().amax(dim=(-1, -2)).argmin(dim=1)
@@ -122,7 +123,9 @@ def test_irreducible_representations_are_told_apart() -> None:
     for name, kinds in known.items():
         layer = GroupConv(rotations.group(name, torch.float64), 1, 1)
         assert sorted(layer.kinds) == kinds
-        torch.testing.assert_close(layer.basis.mT @ layer.basis, torch.eye(len(layer.basis)).double())
+        torch.testing.assert_close(
+            layer.basis.mT @ layer.basis, torch.eye(len(layer.basis)).double()
+        )
         for matrices in layer.entries.split([size**2 for _, size in layer.kinds]):
             size = round(len(matrices) ** 0.5)
             turns = matrices.mT.unflatten(1, (size, size))

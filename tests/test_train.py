@@ -132,7 +132,9 @@ def test_how_far_away_a_refiner_begins(predictor: Path, tmp_path: Path) -> None:
     for spread in (5, 60):
         folder = tmp_path / str(spread)
         options = [*options, f"--model.refinement_spread={spread}", "--model.canonicalizer.keep=2"]
-        weights = pc.load(_train("shapes-pointnet-canonicalizer", folder, *options) / "best.safetensors")
+        weights = pc.load(
+            _train("shapes-pointnet-canonicalizer", folder, *options) / "best.safetensors"
+        )
         learned.append(weights.canonicalizer.refiner.features.peak.weight)  # type: ignore[union-attr]
     assert not torch.equal(*learned)
 

@@ -13,7 +13,6 @@ from pointcanon.canonicalizers.base import Canonicalizer
 from pointcanon.canonicalizers.pca import PCA
 from pointcanon.errors import InputError
 from pointcanon.frames import Frames
-from pointcanon.layers.local_moments import symmetric
 from pointcanon.rotations import product
 
 __all__ = ["Manhattan", "surface_normals"]
@@ -94,7 +93,7 @@ class Manhattan(Canonicalizer):
         lengths = normals.norm(dim=-1)
         normals = normals / lengths.clamp_min(1e-12)[..., None]
         weights = lengths / lengths.sum(dim=1, keepdim=True).clamp_min(1e-12)
-        products = symmetric(normals)
+        products = _products(normals)
         moments = (weights[..., None] * products).mT @ products
         starts = self.starts.to(normals).expand(normals.shape[0], -1, -1, -1)
         frames, alignment = _ascend(moments, starts, self.steps)
@@ -107,7 +106,7 @@ class Manhattan(Canonicalizer):
 def _ascend(moments: Tensor, frames: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Frames after so many steps from ``(B, S, 3, 3)``, and their alignment ``(B, S)``.
 
-    The sums over all normals are forms of their fourth moments Q, ``moments (B, 6, 6)``: with the
+    The sums over all normals are forms of their fourth moments Q, ``moments (B, 9, 9)``: with the
     products s of an axis r, ``sum_i w_i (n_i . r)^4 = s^T Q s``, and ``sum_i w_i n_i (n_i . r)^3``
     is the symmetric matrix of entries ``Q s`` times r.
     """
@@ -115,7 +114,7 @@ def _ascend(moments: Tensor, frames: Tensor, steps: int) -> tuple[Tensor, Tensor
 
     def step(carry: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         (frames,) = carry
-        matrices = (_products(frames.mT) @ moments)[..., _ENTRIES]
+        matrices = (_products(frames.mT) @ moments).unflatten(-1, (3, 3))
         pull = (matrices @ frames.mT[..., None])[..., 0].mT
         frames = rotations.svd_project(pull + 1e-6 * frames)
         return (frames,), frames
@@ -125,13 +124,9 @@ def _ascend(moments: Tensor, frames: Tensor, steps: int) -> tuple[Tensor, Tensor
     return frames, (products @ moments * products).sum(dim=(-1, -2))
 
 
-_ENTRIES = [[0, 3, 5], [3, 1, 4], [5, 4, 2]]
-"""Of a symmetric matrix, their places among xx, yy, zz, xy, yz, zx."""
-
-
 def _products(axes: Tensor) -> Tensor:
-    """``(..., 6)`` products of axes ``(..., 3)``, those off the diagonal counted twice."""
-    return torch.cat((axes.square(), 2 * axes * axes.roll(-1, dims=-1)), dim=-1)
+    """``(..., 9)`` products of the entries of axes ``(..., 3)``, each with each."""
+    return (axes[..., :, None] * axes[..., None, :]).flatten(-2)
 
 
 def surface_normals(points: Tensor, k: int, mask: Tensor | None = None) -> Tensor:

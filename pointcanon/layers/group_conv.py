@@ -6,8 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from pointcanon.errors import InputError
+from pointcanon.portable import exporting
 
 __all__ = ["GroupConv"]
+
+
+FEW = 4
+"""Up to so many orbits a kernel costs more to turn than that saves."""
 
 
 class GroupConv(nn.Module):
@@ -17,9 +22,9 @@ class GroupConv(nn.Module):
     of the pose ``R g`` alone, the same for all of them: where R is replaced by ``R q``, which
     permutes the poses, the answers are permuted alike (Cohen & Welling 2016, arXiv 1602.07576).
 
-    It is computed in the Fourier domain of the group (Diaconis & Rockmore 1990), where the features
-    of an irreducible representation meet their own alone: of the 24 turns of the cube, 64 products
-    instead of 24^2.
+    Many orbits at once are computed in the Fourier domain of the group (Diaconis & Rockmore 1990),
+    where the features of an irreducible representation meet their own alone: of the 24 turns of the
+    cube, 64 products instead of 24^2.
 
     Args:
         group: ``(G, 3, 3)``, closed under the product.
@@ -30,18 +35,24 @@ class GroupConv(nn.Module):
         InputError: If the matrices are not a group.
     """
 
+    index: Tensor
     basis: Tensor
     entries: Tensor
 
     def __init__(self, group: Tensor, inputs: int, outputs: int) -> None:
         super().__init__()
-        basis, entries, self.kinds = _irreducible(_product_table(group).cpu())
+        index = _product_table(group)
+        basis, entries, self.kinds = _irreducible(index.cpu())
+        self.register_buffer("index", index, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("entries", entries, persistent=False)
         self.linear = nn.Linear(len(group) * inputs, outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         """``(..., G, C)`` to ``(..., G, outputs)``."""
+        if exporting() or features.shape[:-2].numel() <= FEW:
+            answer: Tensor = self.linear(features[..., self.index, :].flatten(-2))
+            return answer
         basis = self.basis.to(features)
         parts = (basis.mT @ features).split([copies * size for copies, size in self.kinds], dim=-2)
         weights = self.linear.weight.unflatten(1, (-1, features.shape[-1])).transpose(0, 1)
