@@ -60,7 +60,7 @@ class GroupConv(nn.Module):
         turned = (self.entries.to(features) @ weights.flatten(1)).unflatten(1, weights.shape[1:])
         kernels = turned.split([size**2 for _, size in self.kinds])
         answers = []
-        for (copies, size), part, kernel in zip(self.kinds, parts, kernels, strict=True):
+        for (_, size), part, kernel in zip(self.kinds, parts, kernels, strict=True):
             # y_i = sum_j W_ij x_j in every copy
             matrix = kernel.unflatten(0, (size, size)).transpose(1, 2).flatten(2).flatten(0, 1)
             rows = part.reshape(-1, size * part.shape[-1])
