@@ -64,7 +64,12 @@ def test_a_predictor_recipe_writes_a_predictor(predictor: Path) -> None:
 CANONICALIZERS = [r for r in recipes() if "-canonicalizer" in r and "parts" not in r]
 
 
-STARTED = ["--config=shapes-pointnet-canonicalizer", *TINY, "--model.start=parametric-shapes"]
+STARTED = [
+    "--config=shapes-pointnet-canonicalizer",
+    *TINY,
+    "--model.start=parametric-shapes",
+    "--model.canonicalizer.refiner_widths=[64,128,256]",
+]
 
 
 def test_a_training_begins_with_the_weights_it_is_given(predictor: Path, tmp_path: Path) -> None:
