@@ -105,6 +105,19 @@ def test_svd_projection_equals_the_textbook() -> None:
     torch.testing.assert_close(rotations.svd_project(matrices), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_svd_projection_is_the_same_with_a_derivative(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(300, 3, 3, generator=generator, dtype=dtype)
+    matrices[:100] *= torch.logspace(-20, 10, 100, dtype=dtype)[:, None, None]
+    assert (torch.linalg.det(matrices.double()) < 0).any()
+    without = rotations.svd_project(matrices)
+    assert_proper(without)
+    with_one = rotations.svd_project(matrices.clone().requires_grad_()).detach()
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(without, with_one, atol=tolerance, rtol=0)
+
+
 def test_svd_projection_is_the_nearest_rotation(generator: torch.Generator) -> None:
     matrices = randn(20, 1, 3, 3)
     others = rotations.random_rotations(2000, generator=generator, dtype=torch.float64)
