@@ -59,9 +59,7 @@ def build(name: str, options: argparse.Namespace) -> Canonicalizer:
     torch.manual_seed(0)
     files = dict(entry.split("=", 1) for entry in options.model)
     if name in files:
-        model = pc.load(files[name])
-        assert isinstance(model.canonicalizer, Canonicalizer)
-        return model.canonicalizer.eval()
+        return canonicalizers.load(files[name]).eval()
     if name == "equiadapt VNSmall":
         return Equiadapt(options.equiadapt).eval()
     if name == "Search":

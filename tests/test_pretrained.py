@@ -28,6 +28,13 @@ def test_together_they_stay_small() -> None:
     assert sum(path.stat().st_size for path in PRETRAINED.values()) < 5_000_000
 
 
+def test_who_asks_for_something_else_is_told_where_it_is() -> None:
+    path = PRETRAINED["parametric-shapes"]
+    for wrong in (pc.load, predictors.load):
+        with pytest.raises(CheckpointError, match=r"with pointcanon\.canonicalizers\.load$"):
+            wrong(path)
+
+
 def test_real_objects_stand_upright(real_data: Path) -> None:
     clouds = datasets.ModelNet40(real_data / "modelnet40_ply_hdf5_2048", "test")
     chosen = torch.stack([clouds[i]["points"] for i in range(0, len(clouds), 60)])

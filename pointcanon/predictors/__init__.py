@@ -84,7 +84,10 @@ def load(path: str | Path, **untold: Any) -> nn.Module:
     if card is None:
         return load_public(path, **untold)
     if card.kind != "predictor":
-        raise CheckpointError(f"{path} holds a {card.kind} model; load it with pointcanon.load")
+        what, place = "canonicalized model", "pointcanon.load"
+        if card.kind == "canonicalizer":
+            what, place = card.kind, "pointcanon.canonicalizers.load"
+        raise CheckpointError(f"{path} holds a {what}; load it with {place}")
     if untold:
         raise UsageError(f"{path} says its own hyper-parameters; leave out {', '.join(untold)}")
     network, card = checkpoint.load(path)
