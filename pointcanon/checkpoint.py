@@ -60,7 +60,13 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2  # since 2 the card has the checksum
-KINDS = ("predictor", "canonicalizer", "canonicalized")
+KINDS = {
+    "predictor": "pointcanon.predictors.load",
+    "canonicalizer": "pointcanon.canonicalizers.load",
+    "canonicalized": "pointcanon.load",
+}
+"""What a file may hold, and what loads it."""
+
 CARD_KEY = "pointcanon.card"
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -428,7 +428,7 @@ def load(path: str | Path) -> Canonicalized:
     if not isinstance(module, Canonicalized):
         raise checkpoint.CheckpointError(
             f"{path} holds a {card.kind}, not a canonicalized model; "
-            f"load it with pointcanon.{card.kind}s.load"
+            f"load it with {checkpoint.KINDS[card.kind]}"
         )
     module.canonicalizer.class_names = card.classes
     for part in (module, module.predictor):  # the predictor may be put behind another frame

@@ -33,7 +33,10 @@ def load(name: str | Path) -> Canonicalizer:
     module, card = checkpoint.load(path)
     canonicalizer = getattr(module, "canonicalizer", module)
     if not isinstance(canonicalizer, Canonicalizer):
-        raise CheckpointError(f"{path} holds a {card.kind} and no canonicalizer")
+        raise CheckpointError(
+            f"{path} holds a {card.kind} and no canonicalizer; "
+            f"load it with {checkpoint.KINDS[card.kind]}"
+        )
     canonicalizer.coordinate_frame = card.coordinate_frame
     canonicalizer.class_names = card.classes
     return canonicalizer

@@ -84,10 +84,8 @@ def load(path: str | Path, **untold: Any) -> nn.Module:
     if card is None:
         return load_public(path, **untold)
     if card.kind != "predictor":
-        what, place = "canonicalized model", "pointcanon.load"
-        if card.kind == "canonicalizer":
-            what, place = card.kind, "pointcanon.canonicalizers.load"
-        raise CheckpointError(f"{path} holds a {what}; load it with {place}")
+        what = "canonicalized model" if card.kind == "canonicalized" else card.kind
+        raise CheckpointError(f"{path} holds a {what}; load it with {checkpoint.KINDS[card.kind]}")
     if untold:
         raise UsageError(f"{path} says its own hyper-parameters; leave out {', '.join(untold)}")
     network, card = checkpoint.load(path)
