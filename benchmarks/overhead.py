@@ -1,7 +1,7 @@
 """What posing clouds adds to an inference of DGCNN: time and memory, side by side in one run.
 
     python benchmarks/overhead.py
-    python benchmarks/overhead.py --batch 1 --threads 1
+    python benchmarks/overhead.py --batch 1 --repeats 10
 
 Beside both forms of DGCNN, the plain one of public code and the one without edges (``dgcnn.py``),
 stands the canonicalizer that comes with the package, as it is and with fewer looks. Each time is
