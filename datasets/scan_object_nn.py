@@ -63,9 +63,10 @@ class ScanObjectNN(Dataset[CloudItem]):
 
     Points are the first ``num_points`` of the 2,048 of a cloud, which lie in random order, centred
     and divided by the largest norm of these. The y axis points up (according to the authors' issue
-    33); that the scans are not mirrored is taken for granted. The copies of an object in the PB
-    variants are not told apart in the files, so ``"val"`` holds near twins of ``"train"`` there:
-    select on OBJ_BG where that matters.
+    33); that the scans are not mirrored is taken for granted. ``main_split_nobg`` holds the PB
+    variants without background as well, which are read where the root is that folder or a file in
+    it. The copies of an object in the PB variants are not told apart in the files, so ``"val"``
+    holds near twins of ``"train"`` there: select on OBJ_BG where that matters.
 
     Args:
         root: ``h5_files``, its parent, one of its folders, or one of the files.
@@ -116,7 +117,7 @@ class ScanObjectNN(Dataset[CloudItem]):
             raise InputError(f"fold is {fold}; choose 0, the main split, or 1 to 4")
         place = _choose(Path(root).expanduser(), variant, fold)
         self.variant = place.variant
-        self.name: str = f"ScanObjectNN {self.variant}"
+        self.name: str = place.dataset
         self.split = split
         self.num_points = num_points
         self.background = background
@@ -196,7 +197,9 @@ class ScanObjectNNFiles:
 
     @property
     def dataset(self) -> str:
-        return f"ScanObjectNN {self.variant}"
+        """Its name, in which no two sets of clouds are called the same."""
+        bare = self.folder.name.endswith("_nobg") and self.variant != "OBJ_ONLY"
+        return f"ScanObjectNN {self.variant}" + (" without background" if bare else "")
 
     def path(self, split: str) -> Path:
         """Where the file with the clouds of a split should be."""
@@ -231,6 +234,8 @@ def _choose(root: Path, variant: str | None, fold: int) -> ScanObjectNNFiles:
         raise DataError(
             f"data root {root} does not hold {asked}, split {_FOLDS[fold]}; known: {_KNOWN}"
         )
+    if variant is not None and len({place.folder.name for place in found}) == len(found):
+        return found[0]  # main_split comes before main_split_nobg
     if len(found) > 1:
         there = ", ".join(f"{place.variant} ({place.folder.name})" for place in found)
         raise DataError(

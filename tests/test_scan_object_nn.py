@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import h5py
@@ -43,10 +44,10 @@ def write_file(path: Path, labels: np.ndarray = LABELS, seed: int = 0, **changes
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``h5_files`` with every variant; each file has clouds of its own."""
     root = tmp_path_factory.mktemp("scans") / "h5_files"
-    for seed, (variant, ending) in enumerate(VARIANTS.items()):
-        folder = root / ("main_split_nobg" if variant == "OBJ_ONLY" else "main_split")
-        write_file(folder / f"training_{ending}", seed=2 * seed)
-        write_file(folder / f"test_{ending}", LABELS[::5], seed=2 * seed + 1)
+    for seed, ending in enumerate(dict.fromkeys(VARIANTS.values())):
+        for folder, offset in (("main_split", 0), ("main_split_nobg", 100)):
+            write_file(root / folder / f"training_{ending}", seed=offset + 2 * seed)
+            write_file(root / folder / f"test_{ending}", LABELS[::5], seed=offset + 2 * seed + 1)
     write_file(root / "split2" / "training_objectdataset.h5", seed=50)
     write_file(root / "split2" / "test_objectdataset.h5", LABELS[::5], seed=51)
     return root
@@ -99,7 +100,8 @@ def test_a_root_may_be_a_file_or_any_folder_above_it(
         "parent": root.parent,
         "elsewhere": tmp_path / "copy",
     }
-    write_file(tmp_path / "copy" / f"test_{ending}", LABELS[::5], seed=11)
+    places["elsewhere"].mkdir()
+    shutil.copy(source, places["elsewhere"])
     variant = None if where in ("file", "elsewhere") else "PB_T50_RS"
     data = ScanObjectNN(places[where], "test", variant=variant, num_points=64)
     assert data.variant == "PB_T50_RS"
@@ -111,12 +113,25 @@ def test_the_folder_tells_which_of_the_two_variants_with_equal_names_it_is(
 ) -> None:
     ending = "training_objectdataset.h5"
     assert ScanObjectNN(root / "main_split" / ending, "train", num_points=9).variant == "OBJ_BG"
-    own = ScanObjectNN(root / "main_split_nobg", "train", num_points=9)
+    own = ScanObjectNN(root / "main_split_nobg" / ending, "train", num_points=9)
     assert own.variant == "OBJ_ONLY"
+    assert own.name == "ScanObjectNN OBJ_ONLY"
     with pytest.raises(DataError, match=r"main_split_nobg does not hold OBJ_BG"):
         ScanObjectNN(root / "main_split_nobg", "train", variant="OBJ_BG")
     with pytest.raises(DataError, match=r"several variants: give variant=.*OBJ_BG.*OBJ_ONLY"):
         ScanObjectNN(write_file(tmp_path / ending), "train", num_points=9)
+
+
+def test_the_hard_variants_without_background_are_asked_for_by_folder(root: Path) -> None:
+    usual = ScanObjectNN(root, "test", variant="PB_T50_RS", num_points=9)
+    assert (usual.name, Path(usual.source(0)).parent.name) == (
+        *("ScanObjectNN PB_T50_RS", "main_split"),
+    )
+    folder = root / "main_split_nobg"
+    bare = ScanObjectNN(folder, "test", variant="PB_T50_RS", num_points=9)
+    assert bare.name == "ScanObjectNN PB_T50_RS without background"
+    assert Path(bare.source(0)).parent == folder
+    assert not torch.equal(usual[0]["points"], bare[0]["points"])
 
 
 def test_the_splits_of_the_supplement(root: Path) -> None:
@@ -194,7 +209,9 @@ def test_check_counts_and_finds_what_is_wrong(root: Path, tmp_path: Path) -> Non
         check(root)
     with pytest.raises(DataError, match="not one variant 'PB'"):
         check(root, variant="PB")
-    report = check(root, layout="h5", variant="PB_T25")
+    with pytest.raises(DataError, match="not one variant 'PB_T25'; give one of these folders"):
+        check(root, variant="PB_T25")
+    report = check(root / "main_split", layout="h5", variant="PB_T25")
     assert (report.dataset, report.layout, report.coordinate_frame) == (
         *("ScanObjectNN PB_T25", "h5", "y-up"),
     )
