@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pointcanon import checkpoint, clouds
 from pointcanon.errors import CheckpointError, InputError
 from pointcanon.frames import Frames
+from pointcanon.layers.constants import KeepsConstants
 from pointcanon.portable import full_precision
 
 __all__ = ["MOST_POINTS", "Canonicalizer"]
@@ -23,7 +25,7 @@ MOST_POINTS = 1 << 17
 in the noise, and their neighbourhoods take kilobytes each."""
 
 
-class Canonicalizer(nn.Module, ABC):
+class Canonicalizer(KeepsConstants, ABC):
     """Base of all canonicalizers.
 
     A subclass implements :meth:`propose` for clouds that are already checked, centred, at least
@@ -36,6 +38,13 @@ class Canonicalizer(nn.Module, ABC):
 
     class_names: Sequence[str] | None = None
     """Of the classes in ``Frames.class_logits``, of a trained one where known."""
+
+    def read_card(self, card: checkpoint.Card) -> None:
+        """Take over what the card of a checkpoint says that poses and classes mean."""
+        self.coordinate_frame = card.coordinate_frame
+        learned = getattr(self, "classes", None)
+        names = card.canonicalizer_classes or card.classes or ()
+        self.class_names = names if len(names) == learned else None
 
     def forward(
         self, points: Tensor, mask: Tensor | None = None, normals: Tensor | None = None
@@ -143,7 +152,8 @@ class Canonicalizer(nn.Module, ABC):
         modes = {name: module.training for name, module in self.named_modules()}
         for name, module in changed.named_modules():
             module.training = modes.get(name, self.training)
-        return changed.to(next(self.parameters(), torch.empty(0)).device)
+        held = next(chain(self.parameters(), self.buffers()), torch.empty(0))
+        return changed.to(held.device)
 
     @abstractmethod
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:

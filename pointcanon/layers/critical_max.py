@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pointcanon.errors import InputError
@@ -135,6 +136,17 @@ def _learning_dtype(module: nn.Module, values: Tensor) -> torch.dtype:
     return torch.bfloat16 if module.training and _fast_bfloat16(values) else values.dtype
 
 
+class _Recorded(nn.Module):
+    """The recorded look as a module, to be called with the parameters of the forward pass."""
+
+    def __init__(self, look: CriticalMax) -> None:
+        super().__init__()
+        self.look = look
+
+    def forward(self, points: Tensor, rotations: Tensor, mask: Tensor | None) -> Tensor:
+        return self.look._recorded(points, rotations, mask)
+
+
 class _SparseLesson(torch.autograd.Function):
     """A look whose backward pass repeats it for a sample of the poses only."""
 
@@ -149,21 +161,22 @@ class _SparseLesson(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         ctx.module, ctx.lessons = module, lessons
-        ctx.save_for_backward(points, rotations, mask)
+        ctx.save_for_backward(points, rotations, mask, *parameters)
         return module._largest(points, rotations, mask)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        points, rotations, mask = ctx.saved_tensors
+        points, rotations, mask, *parameters = ctx.saved_tensors
         gradient = gradient.flatten(0, 1)
         rows, scale = _sample_rows(gradient, ctx.lessons, ctx.module)
         clouds = rows // rotations.shape[1]
         poses = rotations.flatten(0, 1)[rows, None]
-        parameters = list(ctx.module.parameters())
+        recorded = _Recorded(ctx.module)
+        used = dict(zip((name for name, _ in recorded.named_parameters()), parameters, strict=True))
+        given = points[clouds], poses, None if mask is None else mask[clouds]
         with torch.enable_grad():
-            features = ctx.module._recorded(
-                points[clouds], poses, None if mask is None else mask[clouds]
-            )
+            features = torch.func.functional_call(recorded, used, given)
             gradients = torch.autograd.grad(
                 features, parameters, gradient[rows] * scale[:, None], allow_unused=True
             )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pointcanon.errors import InputError
+from pointcanon.layers.constants import KeepsConstants
 from pointcanon.portable import exporting
 
 __all__ = ["GroupConv"]
@@ -15,7 +16,7 @@ FEW = 4
 """Up to so many orbits a kernel costs more to turn than that saves."""
 
 
-class GroupConv(nn.Module):
+class GroupConv(KeepsConstants):
     """Each element g of a group sees the features of all elements ``g h``, in the order of h.
 
     Let x(g) be features of a cloud in the pose ``R g``. ``y(g) = W [x(g h)]_h + b`` is a function

@@ -14,7 +14,6 @@ layers are plain torch, which deep-copies, pickles, compiles and exports.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from itertools import product
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pointcanon.errors import InputError
+from pointcanon.layers.constants import KeepsConstants
 from pointcanon.layers.shared_batch import SharesBatch
 
 __all__ = [
@@ -81,22 +81,15 @@ def bernstein(x: Tensor, count: int) -> Tensor:
     return torch.stack([math.comb(last, i) * x**i * (1 - x) ** (last - i) for i in range(count)])
 
 
-class _Coupled(nn.Module):
-    """Holds the coefficients in the dtype of the module."""
+class _Coupled(KeepsConstants):
+    """Holds the coefficients."""
 
     coupling: Tensor
 
     def __init__(self, degree: int) -> None:
         super().__init__()
         self.degree = degree
-        exact = coupling(degree).to(torch.get_default_dtype())
-        self.register_buffer("coupling", exact, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        # from the exact ones: float64 made of float32 would be equivariant to 1e-7 only
-        self.coupling = coupling(self.degree).to(self.coupling)
-        return self
+        self.register_buffer("coupling", coupling(degree), persistent=False)
 
 
 class SolidHarmonics(_Coupled):
@@ -112,8 +105,9 @@ class SolidHarmonics(_Coupled):
     def forward(self, vectors: Tensor) -> Tensor:
         first = math.sqrt(3) * vectors
         degrees = [torch.ones_like(vectors[:1]), first]
+        coupling = self.coupling.to(vectors)
         for ell in range(1, self.degree):
-            block = self.coupling[_rows(ell), _rows(1), _rows(ell + 1)]
+            block = coupling[_rows(ell), _rows(1), _rows(ell + 1)]
             raised = _couple(block, degrees[-1], first)
             degrees.append(raised / math.sqrt(3 * (ell + 1) / (2 * ell + 3)))
         return torch.cat(degrees)
@@ -181,12 +175,13 @@ class TensorProduct(_Coupled):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         arrived: list[list[Tensor]] = [[] for _ in self.weights]
+        coupling = self.coupling.to(first)
         for l1, l2 in product(range(self.degree + 1), repeat=2):
             reached = self._reached(l1, l2)
             if not reached:
                 continue
             rows = slice(reached[0] ** 2, reached[-1] * (reached[-1] + 2) + 1)
-            block = self.coupling[_rows(l1), _rows(l2), rows]
+            block = coupling[_rows(l1), _rows(l2), rows]
             coupled = _couple(block, first[_rows(l1)], second[_rows(l2)])
             for l3, part in zip(
                 reached, coupled.split([2 * l3 + 1 for l3 in reached]), strict=True
