@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -336,14 +336,14 @@ def meet(
 class _Walk(NamedTuple):
     """Of a network, P poses and M clouds; what it said is empty for a part network.
 
-    ``score (P, M)`` and ``agreement (P, M)`` shares, ``said (P, M)`` labels.
+    ``score (P, M)`` and ``agreement (P, M)`` shares, ``said (P, M)`` labels, ``passes (P, M)``.
     """
 
     score: Tensor
     agreement: Tensor
     said: Tensor
+    passes: Tensor
     milliseconds: float
-    passes: float
 
 
 def _turns(given: GivenClouds, seeds: Sequence[int]) -> Tensor:
@@ -385,7 +385,7 @@ def _walk(
                     answer, made = ask(model, posed)
                 seconds.append((now(like.device) - started) / len(turn))
                 said.append(_decided(model, answer.cpu(), batch, given))
-                passes.append(made.double().mean().item())
+                passes.append(made.double().cpu().expand(len(turn)))
             truth = said[0] if truth is None else truth
             real = batch.get("mask") if model.segments else None
             labelled = truth != UNLABELLED
@@ -394,8 +394,8 @@ def _walk(
                     _share([said_in_pose == truth for said_in_pose in said], real, labelled),
                     _share([said_in_pose == said[0] for said_in_pose in said], real),
                     torch.empty(len(said), 0) if model.segments else torch.stack(said),
+                    torch.stack(passes),
                     1e3 * median(seconds),
-                    fmean(passes),
                 )
             )
     return [_joined(parts) for parts in found]
@@ -406,8 +406,8 @@ def _joined(walks: list[_Walk]) -> _Walk:
         torch.cat([walk.score for walk in walks], dim=1),
         torch.cat([walk.agreement for walk in walks], dim=1),
         torch.cat([walk.said for walk in walks], dim=1),
+        torch.cat([walk.passes for walk in walks], dim=1),
         median(walk.milliseconds for walk in walks),
-        fmean(walk.passes for walk in walks),
     )
 
 
@@ -503,7 +503,7 @@ def _robustness(
         agreement_by_angle=tuple(walk.agreement[by_angle].mean(dim=1).tolist()),
         worst=tuple(named(place) for place in order[:worst]),
         milliseconds=walk.milliseconds,
-        passes=walk.passes,
+        passes=walk.passes.mean().item(),
     )
 
 

@@ -149,7 +149,7 @@ def evaluate_corruptions(
             return dataset.corrupted(name, severity)
         return Corrupted(dataset, name, severity, seed)
 
-    # a missing file, or a cloud too small, is found out now rather than after an hour
+    # a missing file is found out now rather than after an hour
     sets = {name: [damaged(name, severity) for severity in ordered] for name in names}
     clean = clean or measure(dataset)
     if clean.restricted is not None:

@@ -151,7 +151,7 @@ def sweep(
         angles=tuple(angles),
         pose=pose,
         clouds=tuple(chosen),
-        total=len(dataset),
+        total=len(among),
         seed=seed,
         networks=tuple(
             Swept(name, score[:-1], score[-1], _up(rotation, turns[-1, chosen], dataset))
@@ -227,12 +227,12 @@ def _walk(
         clouds = [_turned(batch, turn, like, segments) for turn in turns[:, batch["index"]]]
         for network, score, frame in zip(networks, scores, frames, strict=True):
             with naming_clouds(batch):
-                answers = [network.predict(*cloud, max_points=max_points) for cloud in clouds]
-            probabilities = [answer.probabilities.cpu() for answer in answers]
+                answers = [_asked(network, *cloud, max_points) for cloud in clouds]
+            outputs, rotations = zip(*answers, strict=True)
             score.append(
-                torch.stack([_score(p, batch, dataset, restricted) for p in probabilities])
+                torch.stack([_score(said.cpu(), batch, dataset, restricted) for said in outputs])
             )
-            frame.append(answers[-1].rotation.double().cpu())
+            frame.append(rotations[-1].double().cpu())
     return [
         (torch.cat(score, dim=1), torch.cat(frame))
         for score, frame in zip(scores, frames, strict=True)
@@ -256,17 +256,32 @@ def _turned(
     )
 
 
+def _asked(
+    network: Canonicalized,
+    points: Tensor,
+    mask: Tensor | None,
+    normals: Tensor | None,
+    category: Tensor | None,
+    max_points: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs, and the rotation ``(B, 3, 3)`` that they were found in."""
+    given = points, mask, normals
+    frames = network.canonicalizer(*given)
+    answer = network.answer(frames, *given, category, max_points=max_points)
+    return answer.outputs, frames.select(answer.frame[:, None]).rotations[:, 0]
+
+
 def _score(
-    probabilities: Tensor, batch: dict[str, Tensor], dataset: CloudDataset, restricted: bool
+    outputs: Tensor, batch: dict[str, Tensor], dataset: CloudDataset, restricted: bool
 ) -> Tensor:
     """``(B,)`` float64."""
     from pointcanon.eval.metrics import predicted_parts
 
-    require_finite(probabilities, batch)
-    if probabilities.ndim == 2:
-        return (probabilities.argmax(dim=-1) == batch["label"]).double()
+    require_finite(outputs, batch)
+    if outputs.ndim == 2:
+        return (outputs.argmax(dim=-1) == batch["label"]).double()
     ranges = cast(PartDataset, dataset).part_ranges
-    found = predicted_parts(probabilities, batch["label"], ranges, restricted=restricted)
+    found = predicted_parts(outputs, batch["label"], ranges, restricted=restricted)
     return part_scores(found, batch["parts"], batch["label"], ranges, batch.get("mask"))
 
 

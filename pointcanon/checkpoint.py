@@ -86,6 +86,8 @@ class Card:
         coordinate_frame: Name of the frame it was trained in (:mod:`pointcanon.coordinates`).
         classes: Names of the output classes, in order; of a part network, of the categories.
         parts: Names of the parts, in order, of a part network.
+        canonicalizer_classes: Of a canonicalized model whose canonicalizer tells classes apart
+            too: their names, in order, where they are known to be other ones.
         normalisation: What was done to each cloud, such as ``"unit-ball"``.
         training_command: The command line that trained it.
         metrics: Figures by name.
@@ -99,6 +101,7 @@ class Card:
     coordinate_frame: str | None = None
     classes: tuple[str, ...] | None = None
     parts: tuple[str, ...] | None = None
+    canonicalizer_classes: tuple[str, ...] | None = None
     normalisation: str | None = None
     training_command: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -437,7 +440,7 @@ def _parse_card(text: str, path: str | Path) -> Card:
     unknown = set(values) - {entry.name for entry in fields(Card)}
     if unknown or "kind" not in values:
         raise CheckpointError(f"{path} has a damaged card: its fields are {sorted(values)}")
-    for names in ("classes", "parts"):
+    for names in ("classes", "parts", "canonicalizer_classes"):
         if isinstance(values.get(names), list):
             values[names] = tuple(values[names])
     card = Card(**values)
@@ -458,6 +461,7 @@ def _check_card(card: Card, path: str | Path) -> None:
         "coordinate_frame": card.coordinate_frame in (None, *COORDINATE_FRAMES),
         "classes": _are_names(card.classes),
         "parts": _are_names(card.parts),
+        "canonicalizer_classes": _are_names(card.canonicalizer_classes),
         "normalisation": isinstance(card.normalisation, optional_text),
         "training_command": isinstance(card.training_command, optional_text),
         "metrics": isinstance(card.metrics, Mapping)

@@ -19,6 +19,9 @@ AGREED = 0.3
 """An answer agrees with another opinion that gives it this share of what it gives its favourite.
 Chosen on the validation clouds of ModelNet40."""
 
+SAME_POSE = 1e-3
+"""Rotations whose entries differ by no more are one pose, found in two ways."""
+
 
 @dataclass(frozen=True)
 class Frames:
@@ -214,15 +217,17 @@ class Frames:
 
     @property
     def contested(self) -> Tensor:
-        """Whether another candidate is as heavy as the heaviest, ``(B,)`` bool.
+        """Whether another pose is as heavy as the heaviest, ``(B,)`` bool.
 
         Which of them is chosen is then a matter of rounding. So it is with a symmetric cloud, which
-        looks alike in several candidate poses.
+        looks alike in several candidate poses. Candidates that are the same pose, as of a plate,
+        whose surface is aligned with its principal axes, do not contest each other.
         """
-        if self.count == 1:
-            return torch.zeros_like(self.degenerate)
-        first, second = self.log_weights.detach().topk(2, dim=1).values.unbind(dim=1)
-        return first - second <= DEGENERATE_TOLERANCE[self.rotations.dtype] / 10
+        weights, rotations = self.log_weights.detach(), self.rotations.detach()
+        heaviest = weights.argmax(dim=1, keepdim=True)
+        behind = weights.gather(1, heaviest) - weights
+        differs = (rotations - _gather(rotations, heaviest)).abs().amax(dim=(-1, -2)) > SAME_POSE
+        return (differs & (behind <= DEGENERATE_TOLERANCE[rotations.dtype] / 10)).any(dim=1)
 
     def without_negligible(self, share: float) -> Frames:
         """Candidates that weigh less than ``share`` of the heaviest one get no weight at all.
@@ -267,7 +272,7 @@ class Frames:
         weights = self.log_weights.to(logits.dtype)
         weights = weights.view(*weights.shape, *(1,) * (logits.ndim - 2))
         if by_certainty:
-            entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1, keepdim=True)
+            entropy = torch.special.entr(log_probabilities.exp()).sum(dim=-1, keepdim=True)
             weights = (weights - entropy).log_softmax(dim=1)
         return (weights + log_probabilities).logsumexp(dim=1)
 

@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 
     Attributes:
         outputs: ``(B, C)`` or ``(B, N, P)``, the vote.
-        frame: ``(B,)`` int64, the frame of the answer where the vote chose one (``"agreement"``),
+        frame: ``(B,)`` int64, the frame of the answer where the vote chose one (:data:`HEEDING`),
             else the heaviest.
         passes: ``(B,)`` int64, in how many frames the predictor was asked about each cloud.
     """
@@ -66,7 +66,7 @@ class Prediction(NamedTuple):
         labels: ``(B,)`` or ``(B, N)`` int64, the most probable class or part.
         probabilities: ``(B, C)`` or ``(B, N, P)``.
         rotation: ``(B, 3, 3)``, the heaviest frame, or that of the answer where the vote chose one
-            (``"agreement"``); it maps canonical to input. det = +1, but where a canonicalizer for
+            (:data:`HEEDING`); it maps canonical to input. det = +1, but where a canonicalizer for
             reflections (``ForGroup``) saw the cloud mirrored.
         confidence: As ``labels``, in [0, 1], the probability of the label.
         degenerate: ``(B,)`` bool, True where the cloud does not determine a frame.
@@ -413,6 +413,9 @@ class Canonicalized(nn.Module):
             names = getattr(self, name)
             card.setdefault(name, None if names is None else tuple(names))
         card.setdefault("normalisation", self.normalisation)
+        told = self.canonicalizer.class_names
+        if told is not None and card["classes"] != tuple(told):
+            card.setdefault("canonicalizer_classes", tuple(told))
         checkpoint.save(path, self, checkpoint.Card(kind="canonicalized", **card))
 
 
@@ -430,7 +433,7 @@ def load(path: str | Path) -> Canonicalized:
             f"{path} holds a {card.kind}, not a canonicalized model; "
             f"load it with {checkpoint.KINDS[card.kind]}"
         )
-    module.canonicalizer.class_names = card.classes
+    module.canonicalizer.read_card(card)
     for part in (module, module.predictor):  # the predictor may be put behind another frame
         for name in TRAINED_ON:
             setattr(part, name, getattr(card, name))

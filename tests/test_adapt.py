@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pointcanon.datasets import UNLABELLED
 from pointcanon.errors import CheckpointError, InputError
 from pointcanon.predictors import Predictor
 from pointcanon.predictors.recognise import recognise
+from pointcanon.priors import Aligned
 from pointcanon.rotations import geodesic_angle
 from pointcanon.testing import assert_invariant, generic_clouds
 from pointcanon.train.adapt import (
@@ -496,3 +498,35 @@ def test_bad_usage_is_one_clear_line(
     assert error.startswith("pointcanon: ")
     assert error.count("\n") == 1
     assert any(word in error for word in words)
+
+
+def test_a_canonicalizer_that_was_loaded_learns_in_training_mode(
+    corners: tuple[Tensor, Tensor],
+) -> None:
+    modes = set()
+    loaded = small().eval()
+    loaded.scorer.register_forward_pre_hook(
+        lambda module, args: modes.add((torch.is_grad_enabled(), module.training))
+    )
+    loaded.scorer.features.register_forward_pre_hook(
+        lambda module, args: modes.add((torch.is_grad_enabled(), module.training))
+    )
+    pc.adapt(Corner(), corners[0][:12], canonicalizer=loaded, **QUICK)
+    assert modes == {(True, True), (False, False)}
+
+
+@pytest.mark.filterwarnings("ignore:Encountered `nan`")
+def test_a_validation_that_fails_is_never_the_best() -> None:
+    task = PoseTask(
+        small(), Aligned(), torch.tensor([0.0, 0, 1]), learning_rate=1.0, minutes=None, seed=0
+    )
+    task.log = lambda *args, **options: None  # type: ignore[method-assign]
+    kept = []
+    for loss in (math.nan, 0.9, math.nan, 1.0, 0.1):
+        task.mean.update(loss)
+        with torch.no_grad():
+            task.canonicalizer.scorer.score.weight.fill_(loss)
+        task._trainer = type("Trainer", (), {"current_epoch": 0, "global_step": 0})()
+        task.on_validation_epoch_end()
+        kept.append(float(task.best["scorer.score.weight"].mean()))
+    assert kept[1:] == pytest.approx([0.9, 0.9, 0.9, 0.1])

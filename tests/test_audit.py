@@ -20,6 +20,7 @@ from pointcanon.errors import CheckpointError, InputError
 from pointcanon.eval.audit import ANGLES
 from pointcanon.eval.audit_pictures import worst_gallery
 from pointcanon.eval.evaluate import chosen_clouds
+from pointcanon.frames import Frames
 from pointcanon.predictors.recognise import recognise
 
 
@@ -398,3 +399,36 @@ def test_bad_usage_is_one_clear_line(
     assert error.startswith("pointcanon: ")
     assert error.count("\n") == 1
     assert all(word in error for word in words)
+
+
+def test_passes_are_those_of_a_cloud_on_average(sticks: Tensor) -> None:
+    class Sharper(pc.canonicalizers.Canonicalizer):
+        """One frame of the first four clouds, three of the last two, by where they lie."""
+
+        def propose(self, points: Tensor, mask: Any, normals: Any) -> Frames:
+            several = points.var(dim=1).argmax(dim=1) == 2
+            weights = torch.zeros(len(points), 3).masked_fill(
+                ~several[:, None] & (torch.arange(3) > 0), -torch.inf
+            )
+            return Frames.of(torch.eye(3).expand(len(points), 3, 3, 3), weights)
+
+    found = pc.audit(Size(), sticks, rotations=1, canonicalizer=Sharper(), batch_size=5)
+    with_one = pc.audit(Size(), sticks, rotations=1, canonicalizer=Sharper(), batch_size=1)
+    assert found.canonicalized is not None
+    assert with_one.canonicalized is not None
+    assert found.canonicalized.passes == pytest.approx(with_one.canonicalized.passes)
+
+
+def test_a_count_or_a_layer_is_no_name(sticks: Tensor) -> None:
+    class Own(Axis):
+        classes = 3
+        coordinate_frame = "y-up"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(2, 2)])
+
+    predictor = recognise(Own(), sticks[0])
+    assert (predictor.classes, predictor.parts) == (None, None)
+    assert predictor.coordinate_frame == "y-up"
+    assert pc.audit(Own(), sticks, rotations=1).n == 6

@@ -202,3 +202,14 @@ def test_bad_options_are_one_clear_error(options: dict[str, Any], message: str) 
         ForGroup(PCA(1), **options)
     with pytest.raises(InputError, match="group is 'E3'"):
         testing.random_elements(2, "E3")  # type: ignore[arg-type]
+
+
+def test_the_size_is_that_of_all_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a cloud so large that its rotations are found by looking at some of them."""
+    points = generic(2, 41)
+    points[:, 1] *= 50  # every other point is left out
+    monkeypatch.setattr("pointcanon.canonicalizers.base.MOST_POINTS", 21)
+    frames = ForGroup(PCA(1), scale=True)(points)
+    torch.testing.assert_close(
+        frames.apply(points)[:, 0].norm(dim=-1).amax(dim=1), torch.ones(2).double()
+    )

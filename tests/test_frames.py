@@ -266,3 +266,19 @@ def test_the_heaviest_is_the_best_of_equals_too() -> None:
     assert torch.equal(
         frames.best().rotations[:, 0], frames.rotations[torch.arange(5), frames.heaviest]
     )
+
+
+def test_what_a_network_rules_out_is_no_nan() -> None:
+    logits = torch.tensor([[[1.0, -torch.inf, 0.5], [-torch.inf, 2.0, 0.0]]])
+    frames = Frames.of(rotations.random_rotations(2)[None])
+    voted = frames.vote_logits(logits, by_certainty=True).softmax(dim=-1)
+    assert torch.isfinite(voted).all()
+    torch.testing.assert_close(voted.sum(), torch.tensor(1.0))
+
+
+def test_only_another_pose_contests_the_heaviest() -> None:
+    one, other = rotations.random_rotations(2)
+    poses = torch.stack((one, one @ rotations.from_rotvec(torch.tensor([1e-5, 0, 0])), other))
+    weights = torch.tensor([[0.0, 0.0, -1.0], [0.0, -1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 1.0]])
+    contested = Frames.of(poses.expand(4, 3, 3, 3), weights).contested
+    assert contested.tolist() == [False, True, True, False]

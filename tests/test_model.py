@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pointcanon import checkpoint, rotations, testing
+from pointcanon import canonicalizers, checkpoint, rotations, testing
 from pointcanon.canonicalizers import PCA, Canonicalizer, Identity, Optimized, Search
 from pointcanon.errors import CheckpointError, InputError, NotFiniteError
 from pointcanon.frames import Frames
@@ -439,3 +439,23 @@ def test_bad_clouds_are_refused_by_the_whole_model() -> None:
         model()(torch.zeros(2, 3, 50))
     with pytest.raises(InputError, match="nan"):
         model()(torch.full((2, 50, 3), torch.nan))
+
+
+@pytest.mark.parametrize("theirs", [CLASSES[::-1], ("a", "b", "c"), CLASSES, None])
+def test_what_the_canonicalizer_was_trained_on_is_remembered(tmp_path: Path, theirs: Any) -> None:
+    sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+    knowing = Optimized(keep=2, classes=len(theirs or CLASSES), **sizes)
+    knowing.coordinate_frame, knowing.class_names = "y-up", theirs
+    predictor, path = network(), tmp_path / "robust.safetensors"
+    predictor.classes = CLASSES
+    Canonicalized(predictor, knowing, "certainty").save(path)
+    for again in (load(path).canonicalizer, canonicalizers.load(path)):
+        assert again.coordinate_frame == "y-up"
+        assert again.class_names == (theirs or CLASSES)  # without names, those of as many classes
+        assert vote_before(predictor, again, "agreement") == (
+            "agreement" if theirs in (CLASSES, None) else "certainty"
+        )
+    stranger = network()
+    stranger.coordinate_frame = "z-up"
+    with pytest.raises(InputError, match=r"frame y-up.*trained in z-up"):
+        Canonicalized(stranger, load(path).canonicalizer)

@@ -394,3 +394,36 @@ def test_it_learns_to_choose_and_to_mend() -> None:
     found = module(points @ turns.mT).best().rotations[:, 0]
     angle = torch.rad2deg(rotations.geodesic_angle(found, turns))
     assert angle.median() < 8
+
+
+def test_plates_and_few_points_are_settled() -> None:
+    """Where the frame of the surface is that of the principal axes, every candidate comes twice."""
+    torch.manual_seed(0)
+    module = Optimized(scorer_widths=(8, 16), refiner_widths=(8, 16)).double().eval()
+    plates = testing.generic_clouds(6, 64, dtype=torch.float64)
+    plates[..., 2] = 0
+    few = [testing.generic_clouds(6, size, dtype=torch.float64) for size in (5, 10)]
+    for points in (plates, *few):
+        turn = rotations.random_rotations(1, dtype=torch.float64)[0]
+        found, turned = module(points), module(points @ turn.mT)
+        assert not (found.degenerate | turned.degenerate).any()
+        torch.testing.assert_close(
+            turned.best().rotations[:, 0], turn @ found.best().rotations[:, 0]
+        )
+
+
+def test_a_look_is_taught_with_the_weights_it_was_given() -> None:
+    net, (points, turns, pull) = network(), lesson(4, 30)
+    look = net.features
+    given = {name: torch.randn_like(p).requires_grad_() for name, p in look.named_parameters()}
+    swapped = torch.func.functional_call(look, given, (points, turns))
+    pull = torch.randn_like(swapped)
+    gradients = torch.autograd.grad((swapped * pull).sum(), list(given.values()))
+    look.load_state_dict(given)
+    expected = torch.autograd.grad((look(points, turns) * pull).sum(), list(look.parameters()))
+    torch.testing.assert_close(gradients, expected)
+    (curved,) = torch.autograd.grad(
+        look(points, turns).square().sum(), [look.peak.weight], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        curved.sum().backward()

@@ -568,3 +568,19 @@ def test_the_page_looks_right(chromium: str, written: Path, tmp_path: Path) -> N
     assert not inked[:, -4:].any()  # nothing runs off the page
     orange = np.abs(image - [0xD5 / 255, 0x5E / 255, 0]).max(axis=-1) < 0.05
     assert orange.sum() > 200  # the curve of the predictor alone
+
+
+def test_parts_that_all_but_vanish_are_still_told_apart() -> None:
+    """A score goes by the logits, as that of ``evaluate``: softmax may leave nothing of them."""
+    from pointcanon.eval.sweep import _score
+
+    class Halves:
+        part_ranges = (range(2), range(2, 4))
+
+    logits = torch.tensor([[[0.0, 5.0, 200.0, 0.0]] * 3])
+    batch = {
+        "label": torch.tensor([0]),
+        "parts": torch.tensor([[1, 1, 1]]),
+        "index": torch.tensor([0]),
+    }
+    assert _score(logits, batch, Halves(), restricted=True).tolist() == [1.0]  # type: ignore[arg-type]

@@ -382,3 +382,15 @@ def test_the_command_line_chooses_an_energy_by_its_name(kind: type[nn.Module]) -
 def test_an_energy_that_there_is_not_is_named() -> None:
     with pytest.raises(UsageError, match=r"--canonicalizer_options, Search: .*energy.*Joy"):
         with_options(Search(), '{"energy": "Joy"}')
+
+
+def test_a_search_in_front_of_one_predictor_refuses_another() -> None:
+    first, points = pointnet().eval(), generic(4)
+    search = Search(budget=32)
+    pc.Canonicalized(first, search)
+    with torch.no_grad():
+        list(first.parameters())[-2].mul_(-1)
+    pc.Canonicalized(first, search)  # has learned something since
+    assert torch.equal(search(points).rotations, Search(first, budget=32)(points).rotations)
+    with pytest.raises(InputError, match="here is another: construct a Search for each"):
+        pc.Canonicalized(pointnet(), search)

@@ -210,6 +210,7 @@ def adapt(
             if classify is not None:
                 canonicalizer.class_names = getattr(network, "classes", None)  # it learns these now
                 vote = "agreement"
+            canonicalizer.train()  # one that was loaded comes in evaluation mode
             history = _train(
                 PoseTask(
                     canonicalizer,
@@ -392,7 +393,8 @@ class PoseTask(lightning.LightningModule):
         loss = self.mean.compute()
         self.mean.reset()
         self.log("val/loss", loss, prog_bar=True)
-        if not self.losses or loss < min(found for _, found in self.losses):
+        finite = [found for _, found in self.losses if math.isfinite(found)]
+        if not self.best or loss < min(finite, default=math.inf):
             self.best = deepcopy(self.canonicalizer.state_dict())
         self.losses.append((self.current_epoch + 1, loss.item()))
         self.validated_step = self.global_step

@@ -96,6 +96,15 @@ class ForGroup(Canonicalizer):
         # turns about the axis nearest to R Q are not those nearest to R, times Q
         return self.canonicalizer.candidate_group if self.up is None else super().candidate_group
 
+    def forward(
+        self, points: Tensor, mask: Tensor | None = None, normals: Tensor | None = None
+    ) -> Frames:
+        frames = super().forward(points, mask, normals)
+        if not self.scale:
+            return frames
+        size = clouds.radius(points.to(frames.centre) - frames.centre[:, None], mask)
+        return replace(frames, scale=torch.where(size > 0, size, torch.ones_like(size)))
+
     def propose(self, points: Tensor, mask: Tensor | None, normals: Tensor | None) -> Frames:
         shown, shown_normals, flips = points, normals, None
         if self.group in ("O3", "O2"):
@@ -107,9 +116,6 @@ class ForGroup(Canonicalizer):
         frames = self._within(self.canonicalizer.propose(shown, mask, shown_normals), flips)
         if flips is not None:
             frames = replace(frames, degenerate=frames.degenerate | (handed.abs() <= ACHIRAL))
-        if self.scale:
-            size = clouds.radius(points, mask)
-            frames = replace(frames, scale=torch.where(size > 0, size, torch.ones_like(size)))
         return frames
 
     def _within(self, frames: Frames, flips: Tensor | None) -> Frames:

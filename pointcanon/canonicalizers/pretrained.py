@@ -37,6 +37,5 @@ def load(name: str | Path) -> Canonicalizer:
             f"{path} holds a {card.kind} and no canonicalizer; "
             f"load it with {checkpoint.KINDS[card.kind]}"
         )
-    canonicalizer.coordinate_frame = card.coordinate_frame
-    canonicalizer.class_names = card.classes
+    canonicalizer.read_card(card)
     return canonicalizer

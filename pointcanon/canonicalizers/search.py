@@ -44,7 +44,8 @@ class Search(Canonicalizer):
             ``mask`` is handed on, as a keyword, when it is given. The search keeps a frozen copy,
             in evaluation mode, and leaves the original alone. A checkpoint therefore holds the
             network once more than the model that uses it. None takes the predictor that the search
-            is put in front of: ``Canonicalized(predictor, Search())``.
+            is put in front of: ``Canonicalized(predictor, Search())``. What that learns afterwards
+            does not reach the copy.
         energy: From outputs ``(M, C)`` to ``(M,)`` (:mod:`pointcanon.energies`); the default is
             ``FreeEnergy()``.
         budget: Forward passes of the network for each cloud: half for the grid, the rest, with as
@@ -86,6 +87,8 @@ class Search(Canonicalizer):
         self.energy = FreeEnergy() if energy is None else energy
         self.proposal = PCA(24) if proposal is None else proposal
         self.budget, self.keep, self.temperature, self.gate = budget, keep, temperature, gate
+        self._serves: int | None = None
+        """The identity of the predictor whose copy the network is, where none was given."""
 
     @property
     def hyperparameters(self) -> dict[str, object]:
@@ -104,8 +107,13 @@ class Search(Canonicalizer):
         return self
 
     def serve(self, predictor: nn.Module) -> None:
-        if self.network is None:
-            self.network = _frozen_copy(predictor)
+        if self.network is None or self._serves == id(predictor):
+            self.network, self._serves = _frozen_copy(predictor), id(predictor)
+        elif self._serves is not None:
+            raise InputError(
+                "this Search asks the predictor that it was put in front of first, and here is "
+                "another: construct a Search for each"
+            )
 
     def calibrate(
         self, points: Tensor, quantile: float = 0.95, mask: Tensor | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pointcanon.coordinates import CoordinateFrame
 from pointcanon.errors import InputError
 from pointcanon.predictors.base import TRAINED_ON, PartPredictor, Predictor
 from pointcanon.predictors.wrap import Convention, wrap
@@ -75,10 +76,15 @@ def _described(
     """The predictor, with what the module says of its training."""
     for name in TRAINED_ON:
         value = getattr(module, name, None)
-        if value is not None:
+        if _describes(value):  # and is no count or layer that happens to have the name
             setattr(predictor, name, value)
     predictor.training = module.training
     return predictor
+
+
+def _describes(value: object) -> bool:
+    names = value if isinstance(value, list | tuple) else (value,)
+    return all(isinstance(name, str | CoordinateFrame) for name in names)
 
 
 class _Function(nn.Module):
