@@ -54,6 +54,7 @@ __all__ = [
     "now",
     "require_finite",
     "shown",
+    "turned",
 ]
 
 AGAIN_SEED = 2_024_003
@@ -462,7 +463,7 @@ def _walk(
     numbers: list[Tensor] = []
     sizes: set[int] = set()
     for batch in batches:
-        clouds = [_turned(batch, turn, like) for turn in turns[:, batch["index"]]]
+        clouds = [turned(batch, turn, like) for turn in turns[:, batch["index"]]]
         asked = [_ask(model, cloud, batch, counted.outputs, max_points) for cloud in clouds]
         answers, frames = zip(*asked, strict=True)
         counted.update(answers, batch)
@@ -534,7 +535,7 @@ def shown(loader: DataLoader[Any], progress: bool) -> Iterator[Iterable[dict[str
         yield bar.track(loader, description="evaluating")
 
 
-def _turned(batch: dict[str, Tensor], turn: Tensor, like: Tensor) -> dict[str, Tensor]:
+def turned(batch: dict[str, Tensor], turn: Tensor, like: Tensor) -> dict[str, Tensor]:
     """A batch turned on the CPU, so as to be the same on every device, where it is then put."""
 
     def put(key: str, value: Tensor) -> Tensor:

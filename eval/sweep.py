@@ -23,6 +23,7 @@ from pointcanon.eval.evaluate import (
     naming_clouds,
     require_finite,
     shown,
+    turned,
 )
 from pointcanon.eval.protocols import Pose, Protocol, pose_rotations
 from pointcanon.eval.protocols import protocol as protocol_named
@@ -223,11 +224,10 @@ def _walk(
     scores: list[list[Tensor]] = [[] for _ in networks]
     frames: list[list[Tensor]] = [[] for _ in networks]
     for batch in batches:
-        segments = networks[0].segments
-        clouds = [_turned(batch, turn, like, segments) for turn in turns[:, batch["index"]]]
+        clouds = [turned(batch, turn, like) for turn in turns[:, batch["index"]]]
         for network, score, frame in zip(networks, scores, frames, strict=True):
             with naming_clouds(batch):
-                answers = [_asked(network, *cloud, max_points) for cloud in clouds]
+                answers = [_asked(network, cloud, max_points) for cloud in clouds]
             outputs, rotations = zip(*answers, strict=True)
             score.append(
                 torch.stack([_score(said.cpu(), batch, dataset, restricted) for said in outputs])
@@ -239,33 +239,12 @@ def _walk(
     ]
 
 
-def _turned(
-    batch: dict[str, Tensor], turn: Tensor, like: Tensor, segments: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Points, mask, normals and category; turned on the CPU, so as to be the same everywhere."""
-
-    def turned(vectors: Tensor) -> Tensor:
-        return (vectors @ turn.mT.to(vectors)).to(like)
-
-    mask, normals = batch.get("mask"), batch.get("normals")
-    return (
-        turned(batch["points"]),
-        None if mask is None else mask.to(like.device),
-        None if normals is None else turned(normals),
-        batch["label"].to(like.device) if segments else None,
-    )
-
-
 def _asked(
-    network: Canonicalized,
-    points: Tensor,
-    mask: Tensor | None,
-    normals: Tensor | None,
-    category: Tensor | None,
-    max_points: int | None,
+    network: Canonicalized, cloud: dict[str, Tensor], max_points: int | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the rotation ``(B, 3, 3)`` that they were found in."""
-    given = points, mask, normals
+    given = cloud["points"], cloud.get("mask"), cloud.get("normals")
+    category = cloud["label"] if network.segments else None
     frames = network.canonicalizer(*given)
     answer = network.answer(frames, *given, category, max_points=max_points)
     return answer.outputs, frames.select(answer.frame[:, None]).rotations[:, 0]
