@@ -255,7 +255,7 @@ def audit(
     for name, value, least in (("rotations", rotations, 1), ("seed", seed, 0), ("worst", worst, 0)):
         if value < least:
             raise InputError(f"{name} is {value}; choose at least {least}")
-    vote: Vote = "probabilities"
+    vote: Vote | None = None
     if isinstance(network, Canonicalized):
         vote = network.vote
         if canonicalizer is not None:

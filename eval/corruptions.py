@@ -24,6 +24,7 @@ __all__ = [
     "CorruptedFiles",
     "CorruptionReport",
     "accuracy",
+    "corrupted_sets",
     "corruption_names",
     "evaluate_corruptions",
     "render",
@@ -143,14 +144,7 @@ def evaluate_corruptions(
         raise InputError(f"severities is {list(severities)}; choose some of: 1, 2, 3, 4, 5")
     names = corruption_names("all" if names is None else ",".join(names), dataset)
     ordered = tuple(sorted(set(severities)))
-
-    def damaged(name: str, severity: int) -> CloudDataset:
-        if isinstance(dataset, CorruptedFiles):
-            return dataset.corrupted(name, severity)
-        return Corrupted(dataset, name, severity, seed)
-
-    # a missing file is found out now rather than after an hour
-    sets = {name: [damaged(name, severity) for severity in ordered] for name in names}
+    sets = corrupted_sets(dataset, names, ordered, seed)
     clean = clean or measure(dataset)
     if clean.restricted is not None:
         raise InputError("corruptions are for classifiers: a corrupted point has no part")
@@ -158,6 +152,28 @@ def evaluate_corruptions(
     return CorruptionReport(
         clean, curves, ordered, None if isinstance(dataset, CorruptedFiles) else seed
     )
+
+
+def corrupted_sets(
+    dataset: CloudDataset,
+    names: Sequence[str],
+    severities: Sequence[int] = SEVERITIES,
+    seed: int = 0,
+) -> dict[str, list[CloudDataset]]:
+    """Of each corruption the data set at each severity.
+
+    A file that is missing is found out here, rather than after an hour of measuring.
+
+    Raises:
+        DataError: If there is one.
+    """
+
+    def damaged(name: str, severity: int) -> CloudDataset:
+        if isinstance(dataset, CorruptedFiles):
+            return dataset.corrupted(name, severity)
+        return Corrupted(dataset, name, severity, seed)
+
+    return {name: [damaged(name, severity) for severity in severities] for name in names}
 
 
 def to_json(report: CorruptionReport) -> dict[str, Any]:

@@ -406,7 +406,9 @@ def _first(items: Iterable[str], count: int = 4) -> str:
 
 def _open(path: str | Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not is_safetensors(path):
-        raise CheckpointError(f"{path} is not a safetensors file")
+        raise CheckpointError(
+            f"{path} is not a safetensors file; a public network is loaded with predictors.load"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys() if tensors else ()

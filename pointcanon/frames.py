@@ -272,7 +272,9 @@ class Frames:
         weights = self.log_weights.to(logits.dtype)
         weights = weights.view(*weights.shape, *(1,) * (logits.ndim - 2))
         if by_certainty:
-            entropy = torch.special.entr(log_probabilities.exp()).sum(dim=-1, keepdim=True)
+            # finite where a class is ruled out, forward and backward
+            finite = log_probabilities.clamp_min(torch.finfo(logits.dtype).min)
+            entropy = -(log_probabilities.exp() * finite).sum(dim=-1, keepdim=True)
             weights = (weights - entropy).log_softmax(dim=1)
         return (weights + log_probabilities).logsumexp(dim=1)
 

@@ -38,7 +38,7 @@ HEEDING: tuple[Vote, ...] = ("agreement", "product")
 ``adapt`` and of recipes, where it has learned the predictor's own classes."""
 
 RECOMMENDED_VOTE: Vote = "certainty"
-"""Of any canonicalizer, where nothing else is said on the command line."""
+"""Of any canonicalizer that tells no classes apart, where nothing else is said."""
 
 
 class Answer(NamedTuple):
@@ -106,7 +106,8 @@ class Canonicalized(nn.Module):
             a say in; it is asked frame by frame, mostly once. ``"product"`` multiplies that answer
             by the opinion, so that two networks decide, a product of experts.
             ``"mean"`` averages the outputs as they are (frame averaging). With one frame all but
-            ``"product"`` leave the output as it is.
+            ``"product"`` leave the output as it is. None chooses ``"agreement"`` where both halves
+            are known to tell the same classes apart, else ``"certainty"``.
 
     Raises:
         InputError: On any other vote, or ``"agreement"`` or ``"product"`` for a network that labels
@@ -117,9 +118,10 @@ class Canonicalized(nn.Module):
         self,
         predictor: nn.Module,
         canonicalizer: Canonicalizer,
-        vote: Vote = "probabilities",
+        vote: Vote | None = None,
     ) -> None:
         super().__init__()
+        vote = usual_vote(predictor, canonicalizer) if vote is None else vote
         if vote not in get_args(Vote):
             raise InputError(f"vote is {vote!r}; choose one of {', '.join(get_args(Vote))}")
         if vote in HEEDING:
@@ -225,6 +227,8 @@ class Canonicalized(nn.Module):
             if points.shape[1] > max_points:
                 shared = self._predict_shares(frames, points, mask, normals, category, max_points)
                 return Answer(shared, frames.heaviest, frames.voters)
+        if isinstance(self.predictor, PartPredictor):  # before each cloud stands for K
+            self.predictor.check_category(category, len(points))
         posed = {"points": frames.apply(points)}
         if normals is not None:
             posed["normals"] = frames.apply_vectors(normals)
@@ -265,7 +269,8 @@ class Canonicalized(nn.Module):
             known = "no" if opinion is None else opinion.shape[1]
             raise InputError(
                 f"vote is {self.vote!r}, and the canonicalizer knows {known} classes where the "
-                f"predictor tells {told} apart: train Optimized(classes={told}), or choose vote "
+                f"predictor tells {told} apart (a Union knows those that all of its parts do): "
+                f"train Optimized(classes={told}), or choose vote "
                 f"{RECOMMENDED_VOTE!r}"
             )
         return opinion.to(outputs.dtype).log_softmax(dim=-1)
@@ -450,6 +455,16 @@ def _common_frame(predictor: nn.Module, canonicalizer: Canonicalizer) -> str | N
         f"the canonicalizer turns clouds upright in the frame {theirs}, and the predictor was "
         f"trained in {ours}: train a canonicalizer on clouds in {ours}"
     )
+
+
+def usual_vote(predictor: nn.Module, canonicalizer: Canonicalizer) -> Vote:
+    """How a model votes for which nothing is said: by agreement where both halves are known to tell
+    the same classes apart."""
+    ours: Sequence[str] = getattr(predictor, "classes", None) or ()
+    theirs = canonicalizer.class_names or ()
+    learned = getattr(canonicalizer, "classes", None)
+    same = len(theirs) == learned and list(ours) == list(theirs)
+    return "agreement" if same and not isinstance(predictor, PartPredictor) else RECOMMENDED_VOTE
 
 
 def vote_before(predictor: nn.Module, canonicalizer: Canonicalizer, vote: Vote) -> Vote:

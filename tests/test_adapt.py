@@ -482,6 +482,7 @@ def test_the_command_takes_any_canonicalizer(
             ("logits", "outputs", "Identity"),
         ),
         ("torch.nn:Identity --out . ", 2, ("it is a folder",)),
+        ("torch.nn:Identity --out model.txt", 2, ("model.txt does not end in .safetensors",)),
     ],
 )
 def test_bad_usage_is_one_clear_line(

@@ -656,7 +656,7 @@ BAD = {
     "options of none": (
         ["{predictor}", "--protocol", "I/I", "--canonicalizer_options", '{{"looks": 4}}'],
         2,
-        "Identity has no option 'looks'; it has: none",
+        "has no canonicalizer: give one by --canonicalizer",
     ),
     "no number": (["{robust}", "--protocol", "I/I", "--batch_size", "many"], 2, "batch_size"),
     "no points": (["{robust}", "--protocol", "I/I", "--data.num_points", "x"], 2, "num_points"),

@@ -459,3 +459,42 @@ def test_what_the_canonicalizer_was_trained_on_is_remembered(tmp_path: Path, the
     stranger.coordinate_frame = "z-up"
     with pytest.raises(InputError, match=r"frame y-up.*trained in z-up"):
         Canonicalized(stranger, load(path).canonicalizer)
+
+
+def test_without_a_vote_the_classes_decide() -> None:
+    sizes: dict[str, Any] = {"scorer_widths": (8, 16), "refiner_widths": (8, 16)}
+    knowing, predictor = Optimized(keep=2, classes=5, **sizes), network()
+    assert Canonicalized(predictor, PCA(4)).vote == "certainty"
+    assert Canonicalized(predictor, knowing).vote == "certainty"  # of classes without names
+    predictor.classes, knowing.class_names = CLASSES, CLASSES[::-1]
+    assert Canonicalized(predictor, knowing).vote == "certainty"
+    knowing.class_names = list(CLASSES)
+    assert Canonicalized(predictor, knowing).vote == "agreement"
+    assert Canonicalized(predictor, knowing, "mean").vote == "mean"
+    parts = create("pointnet-parts", num_parts=4, num_categories=5)
+    parts.classes = CLASSES
+    assert Canonicalized(parts, knowing).vote == "certainty"
+
+
+@pytest.mark.parametrize(
+    ("category", "message"),
+    [
+        (None, r"give category, \(2,\) integers in \[0, 5\)"),
+        ([1, 2], r"category is a list; pass a tensor \(2,\)"),
+        (torch.tensor([1]), r"category has shape \(1,\) .* expected \(2,\)"),
+        (torch.tensor([1, 9]), r"in \[0, 5\), got \[1, 9\]$"),
+    ],
+)
+def test_categories_are_named_as_they_were_given(category: Any, message: str) -> None:
+    torch.manual_seed(0)
+    parts = Canonicalized(create("pointnet-parts", num_parts=4, num_categories=5), PCA(4)).eval()
+    with pytest.raises(InputError, match=message):
+        parts.predict(testing.generic_clouds(2, 30), category=category)
+
+
+def test_half_precision_is_told_what_frames_take() -> None:
+    points = testing.generic_clouds(2, 30).half()
+    with pytest.raises(
+        InputError, match=r"float16 weights; convert it with \.to\(torch\.float32\)$"
+    ):
+        model("optimized").half().predict(points)

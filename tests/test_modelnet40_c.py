@@ -217,3 +217,16 @@ def test_eval_says_what_is_missing_before_it_works(
     )
     assert main(["eval", predictor, *data, "--data.variant", "fog_1"]) == 2
     assert "unknown variant 'fog_1'" in capsys.readouterr().err
+
+
+def test_a_missing_corruption_is_found_before_anything_is_measured(
+    predictor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], root: Path
+) -> None:
+    for file in root.iterdir():
+        if file.name != "data_gaussian_2.npy":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    data = ["--data.name", "modelnet40-c", "--data.root", str(tmp_path)]
+    assert main(["eval", predictor, *data, "--protocol", "I/I", "--corruptions", "gaussian"]) == 1
+    captured = capsys.readouterr()
+    assert "data_gaussian_2.npy" in captured.err
+    assert not captured.out

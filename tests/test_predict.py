@@ -733,3 +733,15 @@ def test_a_canonicalizer_that_looks_at_normals_gets_them(
         files = [str(tmp_path / "a.stl"), str(tmp_path / "b.npy")]
         assert main([name, str(tmp_path / "model.safetensors"), *files, *options]) == 1
         assert "b.npy has no normals" in capsys.readouterr().err
+
+
+def test_clouds_are_not_copied_for_want_of_a_canonicalizer(
+    model: pc.Canonicalized, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare.safetensors"
+    pc.checkpoint.save(bare, model.predictor, pc.checkpoint.Card("predictor"))
+    np.save(tmp_path / "one.npy", cloud(0))
+    arguments = [str(bare), str(tmp_path / "one.npy"), "--out", str(tmp_path / "posed")]
+    assert main(["canonicalize", *arguments]) == 2
+    assert "has no canonicalizer" in capsys.readouterr().err
+    assert not list((tmp_path / "posed").rglob("*.npy"))

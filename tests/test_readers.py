@@ -356,6 +356,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "npy cut off": (".npy", npy(POINTS)[:-1], "cut off"),
     "npy of words": (".npy", npy(np.array(["a", "b"])), "not numbers"),
     "npy channels first": (".npy", npy(np.zeros((2, 3, 64))), r"looks like \(n, 3, N\)"),
+    "npy one channels first": (".npy", npy(np.zeros((3, 64))), r"looks like \(3, N\)"),
     "npy flat": (".npy", npy(np.zeros(9)), "is no cloud"),
     "npy no clouds": (".npy", npy(np.zeros((0, 9, 3))), "no clouds"),
     "npz pickled": (".npz", npz(points=np.array([None])), "pickled objects"),
@@ -451,3 +452,8 @@ def test_real_meshes_have_the_surface_the_data_set_samples(real_data: Path, tmp_
         ours = (ours - ours.mean(axis=0)) / np.linalg.norm(ours - ours.mean(axis=0), axis=1).max()
         for moment in (ours.T @ ours / len(ours) - theirs.T @ theirs / len(theirs)).ravel():
             assert abs(moment) < 0.03
+
+
+def test_a_missing_path_is_missing_and_no_kind_of_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no file or folder .*scans; check the path"):
+        readers.read(tmp_path / "scans")

@@ -143,7 +143,7 @@ def test_points_keep_their_outputs_in_every_pose_and_order(vote: Any) -> None:
 def test_frames_vote_at_each_point() -> None:
     points = testing.generic_clouds(3, 20, dtype=torch.float64)
     category = torch.tensor([0, 1, 0])
-    model = Canonicalized(part_network().double(), PCA(4)).eval()
+    model = Canonicalized(part_network().double(), PCA(4), "probabilities").eval()
     posed = model.canonicalizer(points).apply(points)
     each = [model.predictor(posed[:, k], category=category).softmax(-1) for k in range(4)]
     torch.testing.assert_close(

@@ -89,9 +89,10 @@ class Canonicalizer(KeepsConstants, ABC):
         if weight is None:
             return
         if weight.dtype != dtype:
+            points = ", or the points" if weight.dtype in (torch.float32, torch.float64) else ""
             raise InputError(
                 f"frames of these points are computed in {dtype}, but the canonicalizer holds "
-                f"{weight.dtype} weights; convert it with .to({dtype}), or the points"
+                f"{weight.dtype} weights; convert it with .to({dtype}){points}"
             )
         if weight.device != device:
             raise InputError(f"points is on {device}, the canonicalizer on {weight.device}")

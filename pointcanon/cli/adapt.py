@@ -27,6 +27,7 @@ def run(argv: list[str]) -> int:
     from pointcanon.cli.given import open_clouds
     from pointcanon.cli.networks import open_network
     from pointcanon.cli.options import parse, pick_device
+    from pointcanon.errors import UsageError
     from pointcanon.eval.audit import meet
     from pointcanon.files import atomic_write, require_writable
     from pointcanon.model import Canonicalized
@@ -37,6 +38,8 @@ def run(argv: list[str]) -> int:
     canonicalizer: Canonicalizer | None = parser.instantiate(options).canonicalizer
     # all that can be found out now rather than after an hour
     out = require_writable(options.out)
+    if out.suffix != ".safetensors":
+        raise UsageError(f"--out {out} does not end in .safetensors, as the model will be")
     file = None if options.json is None else require_writable(options.json)
     plot = None if options.plot is None else require_writable(options.plot)
     network = open_network(options.network)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pointcanon.cli.options import Parser
+from pointcanon.errors import UsageError
 from pointcanon.readers import Cloud
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ line with file, index and error, and the exit status is then 1.
 
 def run(argv: list[str]) -> int:
     parser = Parser(prog="pointcanon canonicalize", description=DESCRIPTION)
+    from pointcanon.canonicalizers import Identity
     from pointcanon.cli import streaming
     from pointcanon.cli.clouds import looks_at_normals
     from pointcanon.cli.places import Places
@@ -44,6 +46,11 @@ def run(argv: list[str]) -> int:
     places = Places(options.out, options.paths)
     lines = streaming.Lines(options.out / "poses.jsonl", options.resume, share)
     model = streaming.model_of(options, share)
+    if isinstance(model.canonicalizer, Identity):
+        raise UsageError(
+            f"{options.checkpoint} has no canonicalizer, which would leave all clouds as they are: "
+            "give one by --canonicalizer"
+        )
 
     def answer(
         items: list[Item], points: Tensor, mask: Tensor | None, normals: Tensor | None

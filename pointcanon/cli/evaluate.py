@@ -61,6 +61,8 @@ def run(argv: list[str]) -> int:
     names = options.corruptions and corruptions.corruption_names(options.corruptions, dataset)
     if names and model.segments:
         raise UsageError("--corruptions is for classifiers: leave it out")
+    if names:  # a missing file is found out before the clean clouds are measured
+        corruptions.corrupted_sets(dataset, names)
     if options.drop_outliers and model.segments:
         raise UsageError("--drop_outliers is for classifiers: a stray has a part as well")
     share = Share.from_environment()

@@ -183,11 +183,14 @@ def add_canonicalizer(parser: argparse.ArgumentParser, purpose: str) -> None:
         parser: Of either kind.
         purpose: Of the canonicalizer, for the help.
     """
+    from pointcanon.canonicalizers import PRETRAINED
+
+    trained, untrained = " or ".join(PRETRAINED), " or ".join(UNTRAINED)
     parser.add_argument(
         "--canonicalizer",
         type=str,
-        help=f"{purpose}: a checkpoint that has one, or without training {' or '.join(UNTRAINED)}; "
-        "several with commas between them propose together",
+        help=f"{purpose}: a checkpoint that has one, {trained}, which come trained, {untrained}, "
+        "which need no training; several with commas between them propose together",
     )
     parser.add_argument(
         "--canonicalizer_options",
@@ -206,8 +209,9 @@ def add_vote(parser: argparse.ArgumentParser) -> None:
         "--vote",
         choices=get_args(Vote),
         help="how what the predictor says in several frames is joined, in place of the "
-        "checkpoint's own way; agreement and product heed what the canonicalizer takes the cloud "
-        "for, to choose the pose or to decide with the predictor",
+        "checkpoint's own way, or of agreement where both halves are known to tell the same "
+        "classes apart, and certainty elsewhere; agreement and product heed what the canonicalizer "
+        "takes the cloud for, to choose the pose or to decide with the predictor",
     )
 
 
@@ -288,16 +292,21 @@ def open_model(
         UsageError: As for the canonicalizer.
     """
     from pointcanon.canonicalizers import Identity
-    from pointcanon.model import RECOMMENDED_VOTE, Canonicalized, Vote, vote_before
+    from pointcanon.model import Canonicalized, Vote, vote_before
 
-    model = open_checkpoint(path)
-    if not isinstance(model, Canonicalized):
-        model = Canonicalized(model, Identity(), RECOMMENDED_VOTE)
+    whole = open_checkpoint(path)
+    alone = not isinstance(whole, Canonicalized)
+    model = Canonicalized(whole, Identity()) if alone else cast(Canonicalized, whole)
+    if alone and canonicalizer is None and canonicalizer_options is not None:
+        raise UsageError(
+            f"--canonicalizer_options, and {path} has no canonicalizer: give one by --canonicalizer"
+        )
     front = model.canonicalizer if canonicalizer is None else open_canonicalizer(canonicalizer)
     front = with_options(front, canonicalizer_options)
-    if vote is None and canonicalizer is not None:
-        vote = vote_before(model.predictor, front, model.vote)
-    vote = vote or model.vote
+    if vote is None and not alone:
+        vote = model.vote
+        if canonicalizer is not None:
+            vote = vote_before(model.predictor, front, model.vote)
     if front is not model.canonicalizer or vote != model.vote:
-        model = Canonicalized(model.predictor, front, cast(Vote, vote))
+        model = Canonicalized(model.predictor, front, cast("Vote | None", vote))
     return model.eval()

@@ -179,27 +179,40 @@ class PartPredictor(Network):
             return points.new_zeros(0, points.shape[1], self.num_parts)
         return self._finite(self.predict(points, mask, normals, one_hot), points, mask)
 
-    def _one_hot(self, points: Tensor, category: Tensor | None) -> Tensor | None:
+    def check_category(self, category: Tensor | None, batch: int) -> None:
+        """Refuse what are no categories of ``batch`` clouds, where the network is told them.
+
+        Raises:
+            InputError: If they are missing, no tensor ``(batch,)`` of integers, or out of range.
+        """
         if self.num_categories == 0:
-            return None
-        batch = points.shape[0]
+            return
+        expected = f"({batch},) integers in [0, {self.num_categories})"
         if category is None:
             raise InputError(
                 f"this network was trained with the category of the object: give category, "
-                f"({batch},) integers in [0, {self.num_categories})"
+                f"{expected}"
             )
+        if not isinstance(category, Tensor):
+            raise InputError(f"category is a {type(category).__name__}; pass a tensor {expected}")
         if category.shape != (batch,) or category.is_floating_point():
             raise InputError(
                 f"category has shape {tuple(category.shape)} and dtype {category.dtype}, "
                 f"expected ({batch},) integers"
             )
-        known = torch.arange(self.num_categories, device=category.device)
-        one_hot = category[:, None] == known
-        if not torch.compiler.is_compiling() and not bool(one_hot.any(dim=1).all()):
+        if torch.compiler.is_compiling():
+            return
+        if not bool(((category >= 0) & (category < self.num_categories)).all()):
             raise InputError(
                 f"category must lie in [0, {self.num_categories}), got {category.tolist()}"
             )
-        return one_hot.to(points)
+
+    def _one_hot(self, points: Tensor, category: Tensor | None) -> Tensor | None:
+        self.check_category(category, points.shape[0])
+        if category is None or self.num_categories == 0:
+            return None
+        known = torch.arange(self.num_categories, device=category.device)
+        return (category[:, None] == known).to(points)
 
     @abstractmethod
     def predict(

@@ -77,6 +77,8 @@ class CloudFile(Sequence[Cloud]):
         self.path, self._samples = Path(path), samples
         kind = self.path.suffix.lower()
         if kind not in {*FORMATS, *ARRAYS}:
+            if not self.path.exists():
+                raise DataError(f"there is no file or folder {path}; check the path")
             known = " ".join((*FORMATS, *ARRAYS))
             raise DataError(f"{path}: unknown kind of file {kind!r}; known: {known}")
         self._held: Sequence[Cloud | Mesh]

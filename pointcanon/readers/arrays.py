@@ -56,8 +56,9 @@ class Stack(Sequence[Cloud]):
             raise Malformed(f"an array of shape {shape} is no cloud; expected (N, 3) or (n, N, 3)")
         if 0 in shape[-2:]:
             raise Malformed("it holds no points")
-        if len(shape) == 3 and shape[1] == 3 and shape[2] > 6:
-            raise Malformed(f"an array of shape {shape} looks like (n, 3, N); expected (n, N, 3)")
+        if shape[-2] == 3 and shape[-1] > 6:
+            looks, expected = ("(n, 3, N)", "(n, N, 3)") if self.stacked else ("(3, N)", "(N, 3)")
+            raise Malformed(f"an array of shape {shape} looks like {looks}; expected {expected}")
         if normals is not None and normals.shape != (*shape[:-1], 3):
             raise Malformed(f"normals have shape {normals.shape}, points {shape}")
         self._arrays = [points] if normals is None else [points, normals]
