@@ -28,8 +28,9 @@ __all__ = ["Interrupted", "Patience", "SaveBest", "SaveState", "StateFile"]
 
 
 class SaveBest(Callback):
-    """Write ``best.safetensors`` whenever the validation score rises: accuracy, or instance mIoU.
+    """Write ``best.safetensors`` whenever the validation score is the best: accuracy, or mIoU.
 
+    Of equals the last one is kept, since the learning rate falls.
     Without a canonicalizer that is the predictor, for :func:`pointcanon.predictors.load`; with one
     it is the canonicalized model, for :func:`pointcanon.load`.
 
@@ -54,7 +55,7 @@ class SaveBest(Callback):
     ) -> None:
         assert isinstance(pl_module, CloudTask)
         score = float(trainer.callback_metrics[pl_module.monitor])
-        if trainer.sanity_checking or score <= self.best:
+        if trainer.sanity_checking or not score >= self.best:
             return
         self.best = score
         self._write(pl_module, trainer, {pl_module.monitor.replace("/", "_"): score})
