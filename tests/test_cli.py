@@ -80,6 +80,8 @@ def test_info_prints_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     card = json.loads(capsys.readouterr().out)
     assert card["metrics"] == {"val_accuracy": 0.5}
     assert card["architecture"]["hyperparameters"]["canonicalizer"]["class"] == "PCA"
+    assert main(["info", "modelnet40"]) == 0
+    assert json.loads(capsys.readouterr().out)["architecture"]["class"] == "Optimized"
 
 
 def test_data_list_names_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from pointcanon import neighbors, portable, rotations
 from pointcanon.cli import main
 from pointcanon.datasets.parametric import ParametricShapes
 from pointcanon.layers import tiles
+from pointcanon.testing import generic_clouds
 
 exporting = sys.modules["pointcanon.export"]  # pc.export is the function in it
 optimized_module = sys.modules["pointcanon.canonicalizers.optimized"]
@@ -360,6 +361,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["export", str(checkpoint), "-o", str(out)]) == 0
     assert "model.pt2: differs from" in capsys.readouterr().out
     assert out.stat().st_size > 1000
+
+
+def test_the_command_puts_a_canonicalizer_in_front(tmp_path: Path) -> None:
+    bare, out = tmp_path / "bare.safetensors", tmp_path / "model.pt2"
+    model = small_model()
+    pc.checkpoint.save(bare, model.predictor, pc.checkpoint.Card("predictor"))
+    front = ["--canonicalizer", "PCA", "--canonicalizer_options", '{"poses": 4}']
+    assert main(["export", str(bare), *front, "--vote", "mean", "-o", str(out)]) == 0
+    points = generic_clouds(3, 40)
+    expected = pc.Canonicalized(model.predictor, pc.canonicalizers.PCA(4), "mean").eval()(points)
+    torch.testing.assert_close(run(out, {"points": points})["logits"], expected)
 
 
 def test_the_command_on_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

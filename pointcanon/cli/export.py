@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pointcanon.cli.options import Parser, open_checkpoint
+from pointcanon.cli.options import (
+    Parser,
+    add_canonicalizer,
+    add_vote,
+    open_checkpoint,
+    open_model,
+)
 
 __all__ = ["run"]
 
@@ -20,13 +26,17 @@ def run(argv: list[str]) -> int:
     parser = Parser(prog="pointcanon export", description=DESCRIPTION)
     parser.add_argument("file", type=Path, help="the checkpoint")
     parser.add_argument("-o", "--out", type=Path, required=True, help="ends in .onnx or .pt2")
+    add_canonicalizer(parser, "in front of the network, in the place of its own")
+    add_vote(parser)
     options = parser.parse_args(argv)
 
     from pointcanon.export import export, require_format
     from pointcanon.files import require_writable
 
     out = require_writable(require_format(options.out))
-    differences = export(open_checkpoint(options.file), out)
+    front = (options.canonicalizer, options.canonicalizer_options, options.vote)
+    model = open_model(options.file, *front) if any(front) else open_checkpoint(options.file)
+    differences = export(model, out)
     worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
     print(f"{out}: differs from {options.file} by at most {worst}")
     return 0

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pointcanon import checkpoint
+from pointcanon.canonicalizers import PRETRAINED
 from pointcanon.cli.options import Parser
 from pointcanon.errors import CheckpointError
 
@@ -22,8 +23,9 @@ GLUE = "\N{NO-BREAK SPACE}"
 
 def run(argv: list[str]) -> int:
     parser = Parser(prog="pointcanon info", description="the card of a checkpoint, as JSON")
-    parser.add_argument("file")
+    parser.add_argument("file", help=f"a checkpoint, or {' or '.join(PRETRAINED)}")
     file = parser.parse_args(argv).file
+    file = PRETRAINED.get(file, file)
     card = checkpoint.read_card(file)
     if card is None:
         raise CheckpointError(f"{file} carries no pointcanon card")
