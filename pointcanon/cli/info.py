@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pointcanon import checkpoint
@@ -24,8 +25,8 @@ GLUE = "\N{NO-BREAK SPACE}"
 def run(argv: list[str]) -> int:
     parser = Parser(prog="pointcanon info", description="the card of a checkpoint, as JSON")
     parser.add_argument("file", help=f"a checkpoint, or {' or '.join(PRETRAINED)}")
-    file = parser.parse_args(argv).file
-    file = PRETRAINED.get(file, file)
+    name: str = parser.parse_args(argv).file
+    file = PRETRAINED.get(name, Path(name))
     card = checkpoint.read_card(file)
     if card is None:
         raise CheckpointError(f"{file} carries no pointcanon card")
