@@ -59,7 +59,7 @@ __all__ = [
     "save",
 ]
 
-FORMAT_VERSION = 2  # since 2 the card has the checksum
+FORMAT_VERSION = 3  # since 2 the card has the checksum, since 3 the canonicalizer's own classes
 KINDS = {
     "predictor": "pointcanon.predictors.load",
     "canonicalizer": "pointcanon.canonicalizers.load",

@@ -216,6 +216,8 @@ class Canonicalized(nn.Module):
         Raises:
             InputError: As there.
         """
+        if isinstance(self.predictor, PartPredictor):  # before each cloud stands for K
+            self.predictor.check_category(category, len(points))
         if max_points is not None:
             if max_points < 1:
                 raise InputError(f"max_points is {max_points}; choose at least 1")
@@ -227,8 +229,6 @@ class Canonicalized(nn.Module):
             if points.shape[1] > max_points:
                 shared = self._predict_shares(frames, points, mask, normals, category, max_points)
                 return Answer(shared, frames.heaviest, frames.voters)
-        if isinstance(self.predictor, PartPredictor):  # before each cloud stands for K
-            self.predictor.check_category(category, len(points))
         posed = {"points": frames.apply(points)}
         if normals is not None:
             posed["normals"] = frames.apply_vectors(normals)
@@ -460,11 +460,9 @@ def _common_frame(predictor: nn.Module, canonicalizer: Canonicalizer) -> str | N
 def usual_vote(predictor: nn.Module, canonicalizer: Canonicalizer) -> Vote:
     """How a model votes for which nothing is said: by agreement where both halves are known to tell
     the same classes apart."""
-    ours: Sequence[str] = getattr(predictor, "classes", None) or ()
-    theirs = canonicalizer.class_names or ()
-    learned = getattr(canonicalizer, "classes", None)
-    same = len(theirs) == learned and list(ours) == list(theirs)
-    return "agreement" if same and not isinstance(predictor, PartPredictor) else RECOMMENDED_VOTE
+    if isinstance(predictor, PartPredictor) or not getattr(predictor, "classes", None):
+        return RECOMMENDED_VOTE
+    return vote_before(predictor, canonicalizer, "agreement")
 
 
 def vote_before(predictor: nn.Module, canonicalizer: Canonicalizer, vote: Vote) -> Vote:

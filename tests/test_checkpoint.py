@@ -258,3 +258,8 @@ def test_other_files_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="there is no file"):
         checkpoint.read_card(tmp_path / "absent.safetensors")
+
+
+def test_a_file_of_the_second_format_names_no_classes_of_the_canonicalizer(saved: Path) -> None:
+    rewrite_card(saved, format_version=2, canonicalizer_classes=...)
+    assert checkpoint.load(saved)[1].canonicalizer_classes is None
