@@ -64,19 +64,22 @@ class CorruptionReport:
     severities: tuple[int, ...]
     seed: int | None
 
-    def error(self, name: str | None = None, *, bare: bool = False) -> float | None:
-        """Share of clouds that are misclassified in the test pose, meant over the severities.
+    def error(
+        self, name: str | None = None, *, bare: bool = False, aligned: bool = False
+    ) -> float | None:
+        """Share of clouds that are misclassified, meant over the severities.
 
         Args:
             name: Of a corruption; None for the mean over all, which is ModelNet40-C's figure.
             bare: Of the predictor alone, None where there is no canonicalizer, rather than of the
                 model.
+            aligned: In the pose the clouds come in, rather than in the test pose.
         """
         if name is None:
-            errors = [self.error(each, bare=bare) for each in self.curves]
+            errors = [self.error(each, bare=bare, aligned=aligned) for each in self.curves]
             return None if None in errors else fmean(error for error in errors if error is not None)
         trials = [found.bare if bare else found.trials for found in self.curves[name]]
-        known = [1 - accuracy(each) for each in trials if each is not None]
+        known = [1 - accuracy(each, aligned) for each in trials if each is not None]
         return fmean(known) if known else None
 
     def up(self, name: str | None = None) -> float:
@@ -86,9 +89,9 @@ class CorruptionReport:
         return fmean(found.frames.up_within_10_deg for found in self.curves[name])
 
 
-def accuracy(trials: Trials) -> float:
-    """Overall accuracy in the test pose, meant over the seeds."""
-    return float(trials.mean.overall_accuracy)
+def accuracy(trials: Trials, aligned: bool = False) -> float:
+    """Overall accuracy in the test pose, meant over the seeds, or as the clouds come."""
+    return float((trials.aligned if aligned else trials.mean).overall_accuracy)
 
 
 def corruption_names(text: str, dataset: CloudDataset) -> tuple[str, ...]:
@@ -181,7 +184,8 @@ def to_json(report: CorruptionReport) -> dict[str, Any]:
     and under ``corruptions`` the rest, in shares of 1.
 
     ``error`` is the share misclassified in the test pose, ``bare_error`` that of the predictor
-    alone, None where there is no canonicalizer; both, and ``up_within_10_deg``, are means.
+    alone and ``bare_aligned_error`` that on clouds as they come, None where there is no
+    canonicalizer; all, and ``up_within_10_deg``, are means.
     """
     return {
         **evaluation_to_json(report.clean),
@@ -206,6 +210,7 @@ def _means(report: CorruptionReport, name: str | None) -> dict[str, float | None
     return {
         "error": report.error(name),
         "bare_error": report.error(name, bare=True),
+        "bare_aligned_error": report.error(name, bare=True, aligned=True),
         "up_within_10_deg": report.up(name),
     }
 
@@ -268,7 +273,12 @@ def render(report: CorruptionReport, console: Console) -> None:
             table.add_row("", "up within 10°", *_cells(up), end_section=True)
     console.print(table)
     error, bare = report.error(), report.error(bare=True)
-    alone_too = "" if bare is None else f", {clean.predictor} alone {100 * bare:.1f} %"
+    upright = report.error(bare=True, aligned=True)
+    alone_too = ""
+    if bare is not None and upright is not None:
+        alone_too = (
+            f", {clean.predictor} alone {100 * bare:.1f} %, as they come {100 * upright:.1f} %"
+        )
     up_too = f", up within 10° for {100 * report.up():.1f} %" if canonicalized else ""
     console.print(
         f"{'mean error':<18} {100 * (error or 0.0):.1f} %{alone_too}{up_too}",

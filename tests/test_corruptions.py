@@ -374,6 +374,15 @@ def test_a_curve_is_the_evaluation_of_corrupted_data(report: CorruptionReport) -
     assert report.error("crop") == pytest.approx(sum(errors) / 2)
     both = [report.error(name, bare=True) or 0.0 for name in NAMES]
     assert report.error(bare=True) == pytest.approx(sum(both) / 2)
+    upright = [
+        1 - each.bare.aligned.overall_accuracy
+        for curve in report.curves.values()
+        for each in curve
+        if each.bare is not None
+    ]
+    assert len(upright) == 4
+    assert report.error(bare=True, aligned=True) == pytest.approx(sum(upright) / 4)
+    assert report.error(bare=True, aligned=True) != report.error(bare=True)
     assert report.up() == pytest.approx((report.up("points") + report.up("crop")) / 2)
 
 
@@ -381,7 +390,9 @@ def test_the_json_is_that_of_eval_and_the_corruptions(report: CorruptionReport) 
     found = json.loads(json.dumps(to_json(report), allow_nan=False))
     assert {"dataset", "n", "protocol", "metrics", "aligned", "bare", "frames"} <= set(found)
     inside = found["corruptions"]
-    assert set(inside) == {"seed", "error", "bare_error", "up_within_10_deg", "by_name"}
+    means = {"error", "bare_error", "bare_aligned_error", "up_within_10_deg"}
+    assert set(inside) == {"seed", *means, "by_name"}
+    assert inside["bare_aligned_error"] == report.error(bare=True, aligned=True)
     points = inside["by_name"]["points"]
     assert points["error"] == report.error("points")
     assert [each["severity"] for each in points["by_severity"]] == [1, 5]
