@@ -111,6 +111,14 @@ def test_a_group_convolution_follows_the_orbit(name: str, orbits: int) -> None:
         torch.testing.assert_close(answer[:, place], layer.linear(features[:, moved].flatten(1)))
 
 
+def test_a_group_convolution_keeps_its_digits_when_weights_are_rounded() -> None:
+    group = rotations.group("T", torch.float64)
+    layer = GroupConv(group, 5, 4).half().double()
+    features = torch.randn(group_conv.FEW + 1, len(group), 5, dtype=torch.float64)
+    few = torch.cat([layer(row[None]) for row in features])  # directly, not in the Fourier domain
+    torch.testing.assert_close(layer(features), few, rtol=0, atol=1e-12)
+
+
 def test_irreducible_representations_are_told_apart() -> None:
     """Their dimensions are those of the books, and their matrices are representations."""
     known = {

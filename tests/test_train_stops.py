@@ -1,14 +1,19 @@
-"""When a training ends by itself, what it logs, and a recipe that cannot be read."""
+"""When a training ends by itself, what it keeps and logs, and a recipe that cannot be read."""
 
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from pointcanon.errors import UsageError
+from pointcanon.train.callbacks import SaveBest
 from pointcanon.train.run import train
+from pointcanon.train.task import CloudTask
 
 TINY = [
     "--config=shapes-pointnet",
@@ -49,3 +54,17 @@ def test_a_recipe_that_is_no_recipe_is_named(tmp_path: Path, text: str) -> None:
     recipe.write_text(text)
     with pytest.raises(UsageError, match=r"mine\.yaml .*recipe"):
         train(["--config", str(recipe), "--output", str(tmp_path / "run")])
+
+
+def test_of_equal_scores_the_last_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = SaveBest(tmp_path, "pointcanon train")
+    written: list[float] = []
+    monkeypatch.setattr(kept, "_write", lambda task, trainer, metrics: written.append(trainer.step))
+    task = Mock(spec=CloudTask, monitor="val/accuracy")
+    scores = (0.5, 0.7, 0.6, 0.7, math.nan, 0.69)
+    for step, score in enumerate(scores):
+        metrics = {"val/accuracy": torch.tensor(score)}
+        trainer = Mock(sanity_checking=False, callback_metrics=metrics, step=step)
+        kept.on_validation_epoch_end(trainer, task)
+    assert written == [0, 1, 3]
+    assert kept.state_dict()["best"] == pytest.approx(0.7)
