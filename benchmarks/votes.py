@@ -6,7 +6,8 @@
 ModelNet40, as it comes and turned by each seed. A predictor after whose file a number stands sees
 every so-many-th point only, as in ``fewer_points.py``. The figures are those of ``pointcanon eval``
 with each ``--vote``, at a fraction of its time; flips are labels that differ between the clouds as
-they come and turned by the first seed.
+they come and turned by the first seed, and beside the predictor upright and alone each vote loses
+some right answers and gains others.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def main() -> None:
                         poses[pose].append(label)
     print(f"{len(chosen)} clouds; overall / mean class accuracy %")
     heads = ["as they come", *(f"SO(3), seed {seed}" for seed in options.seeds)]
-    heads += ["flips"] * bool(options.seeds)
+    heads += ["flips"] * bool(options.seeds) + ["lost / gained"]
     print(f"| | vote | {' | '.join(heads)} |\n|---|---|{'---|' * len(heads)}")
     for name, _ in options.predictor:
         for vote in VOTES:
@@ -114,7 +115,13 @@ def main() -> None:
             cells = [accuracies(pose, torch.cat(truth)) for pose in poses]
             if len(poses) > 1:
                 cells.append(f"{100 * (poses[0] != poses[1]).double().mean():.2f} %")
-            cells += [""] * (len(heads) - len(cells))
+            cells += [""] * (len(heads) - 1 - len(cells))
+            right, upright = (
+                torch.cat(each) == torch.cat(truth)
+                for each in (said[name, vote][0], said[name, VOTES[0]][0])
+            )
+            moved = f"{(upright & ~right).sum()} / {(right & ~upright).sum()}"
+            cells.append("" if vote == VOTES[0] else moved)
             print(f"| {name} | {vote} | {' | '.join(cells)} |")
 
 
