@@ -43,14 +43,14 @@ def run(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv)  # options may stand between files
 
     share = streaming.Share.from_environment()
-    places = Places(options.out, options.paths)
-    lines = streaming.Lines(options.out / "poses.jsonl", options.resume, share)
     model = streaming.model_of(options, share)
     if isinstance(model.canonicalizer, Identity):
         raise UsageError(
             f"{options.checkpoint} has no canonicalizer, which would leave all clouds as they are: "
             "give one by --canonicalizer"
         )
+    places = Places(options.out, options.paths)
+    lines = streaming.Lines(options.out / "poses.jsonl", options.resume, share)
 
     def answer(
         items: list[Item], points: Tensor, mask: Tensor | None, normals: Tensor | None
